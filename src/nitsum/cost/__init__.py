@@ -1,0 +1,1 @@
+"""What a step, a move or a switch will take. Torch-free."""

@@ -1,0 +1,1 @@
+"""One process that decides: lane loops, switching, KV accounting. Torch-free."""

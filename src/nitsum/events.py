@@ -1,0 +1,208 @@
+"""The one event stream. Every metric, live or simulated, is computed from these and nothing else.
+
+`at_s` is the engine's clock. Events are plain facts, written in the order in which they happened.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from nitsum.plan import Group
+from nitsum.request import FinishReason
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    at_s: float
+
+
+class Arrived(Event, frozen=True, kw_only=True):
+    request_id: str
+    tier_asked: str
+    tier: str
+    tenant: str
+    num_prompt: int
+    max_tokens: int
+    arrival_s: float
+    """When the server received it; `at_s` is when the engine did."""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    deadline_s: float | None = None
+    """Targets it is held to, relative to `arrival_s`."""
+    chain_id: str | None = None
+
+
+class Routed(Event, frozen=True, kw_only=True):
+    request_id: str
+    group: Group
+    promised: bool
+    """False: best effort, outside what the lane can promise."""
+
+
+class Refused(Event, frozen=True, kw_only=True):
+    request_id: str
+    tier: str
+    code: str
+
+
+class Downgraded(Event, frozen=True, kw_only=True):
+    request_id: str
+    from_tier: str
+    to_tier: str
+    reason: str
+
+
+class Started(Event, frozen=True, kw_only=True):
+    """First step that contains the request was sent."""
+
+    request_id: str
+    group: Group
+    step_id: int
+    num_cached: int
+
+
+class StepSent(Event, frozen=True, kw_only=True):
+    step_id: int
+    group: Group
+    num_decode: int
+    prefill_tokens: int
+    context_tokens: int
+    predicted_s: float | None = None
+
+
+class StepEnded(Event, frozen=True, kw_only=True):
+    """A step's result arrived; `tokens` maps requests to how many answer tokens became known."""
+
+    step_id: int
+    group: Group
+    seconds: float
+    tokens: list[tuple[str, int]]
+
+
+class Displaced(Event, frozen=True, kw_only=True):
+    """A running request was paused, KV kept, in favour of another."""
+
+    request_id: str
+    tier: str
+    by_request_id: str
+    by_tier: str
+    step_id: int
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    request_id: str
+    step_id: int
+    num_recomputed: int
+
+
+class Promoted(Event, frozen=True, kw_only=True):
+    """A request was served ahead of its turn so that its wait stays bounded."""
+
+    request_id: str
+    tier: str
+    waited_s: float
+
+
+class Finished(Event, frozen=True, kw_only=True):
+    request_id: str
+    tier: str
+    reason: FinishReason
+    num_output: int
+    num_cached: int
+    group: Group | None
+
+
+class SwitchStarted(Event, frozen=True, kw_only=True):
+    op_id: str
+    from_plan: str
+    to_plan: str
+    reason: str
+
+
+class WaveProposed(Event, frozen=True, kw_only=True):
+    op_id: str
+    wave: int
+    request_ids: list[str]
+    num_units: int
+
+
+class WaveCommitted(Event, frozen=True, kw_only=True):
+    op_id: str
+    wave: int
+    request_ids: list[str]
+    bytes_moved: int
+
+
+class WaveRolledBack(Event, frozen=True, kw_only=True):
+    op_id: str
+    wave: int
+    request_ids: list[str]
+    reason: str
+
+
+class SwitchEnded(Event, frozen=True, kw_only=True):
+    op_id: str
+    from_plan: str
+    to_plan: str
+    ok: bool
+    message: str
+    duration_s: float
+    bytes_moved: int
+    num_left_behind: int
+
+
+class Evicted(Event, frozen=True, kw_only=True):
+    """Cached blocks were dropped to make room."""
+
+    group: Group
+    num_blocks: int
+
+
+class GenerationStarted(Event, frozen=True, kw_only=True):
+    """Workers were (re)started; `num_replayed` requests go on from prompt plus tokens so far."""
+
+    generation: int
+    num_replayed: int
+    restart_s: float
+
+
+AnyEvent = (
+    Arrived
+    | Routed
+    | Refused
+    | Downgraded
+    | Started
+    | StepSent
+    | StepEnded
+    | Displaced
+    | Resumed
+    | Promoted
+    | Finished
+    | SwitchStarted
+    | WaveProposed
+    | WaveCommitted
+    | WaveRolledBack
+    | SwitchEnded
+    | Evicted
+    | GenerationStarted
+)
+
+
+class EventSink(Protocol):
+    def emit(self, event: AnyEvent) -> None: ...
+
+
+class EventLog:
+    """Keeps events in memory: for tests, the simulator and short runs."""
+
+    def __init__(self) -> None:
+        self.events: list[AnyEvent] = []
+
+    def emit(self, event: AnyEvent) -> None:
+        self.events.append(event)
+
+
+class NullSink:
+    def emit(self, event: AnyEvent) -> None:
+        pass

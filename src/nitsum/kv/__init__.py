@@ -1,0 +1,1 @@
+"""KV cache accounting as integers: units, tables, prefixes, moves. Torch-free."""

@@ -1,0 +1,306 @@
+"""Every message that crosses a process boundary. Reading this file is reading the protocol.
+
+    server -> engine   Submit, Abort, SwitchPlan, Drain, GetStatus
+    engine -> server   Output, SwitchReport, Status
+    engine -> worker   Step, Move, Shutdown        one FIFO per rank, obeyed in order
+    worker -> engine   Ready, StepDone, MoveDone, Failed
+
+Three rules carry the worker protocol:
+
+* A rank obeys its FIFO in order and counts the messages it has completed in shared memory (its
+  *progress*); the engine counts what it sent. `Move.after` waits for a peer's count, so "after your
+  last step" needs no message of its own.
+* The engine sends a step to all ranks of its lane in one go. Everything a rank waits for was sent
+  earlier, so ranks that share lanes cannot deadlock.
+* A sequence lives on a worker as a *slot*: a row of token ids (known ones and drawn ones) and a
+  page table. The row is its whole state; penalties and random streams are functions of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from nitsum.plan import Group
+from nitsum.request import FinishReason, Request, SamplingParams
+
+# --- start of a worker ----------------------------------------------------------------------------
+
+Fault = Literal["swap-heads", "stale-block", "lost-tail", "wrong-vocab"]
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All a worker is told when its process starts; the rest comes as messages."""
+
+    rank: int
+    num_ranks: int
+    device: Literal["cpu", "cuda"] = "cpu"
+    model: str
+    """Checkpoint folder."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tp: int
+    min_tp: int = 1
+    groups: list[Group]
+    """Every group of every plan, in the one order in which anything is made for them."""
+    block_tokens: int
+    num_units: int
+    """Units of the arena; 0 lets the worker fill its device and report the number in `Ready`."""
+    max_slots: int
+    max_model_len: int
+    max_batch_tokens: int
+    num_threads: int
+    seed: int = 0
+    """Of dummy weights."""
+    engine_address: str
+    """Where replies go."""
+    inbox_address: str
+    """Where this rank's FIFO arrives."""
+    timeout_s: float = 60.0
+    """A collective or a peer that takes longer ends the generation."""
+    fault: Fault | None = None
+    """Plants a fault on purpose, to prove that verification can fail."""
+
+
+# --- server -> engine ---------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """The client is gone or a stop string matched: free everything, send nothing more."""
+
+    request_id: str
+
+
+class SwitchPlan(msgspec.Struct, tag=True, frozen=True):
+    """Go to `plan`. The target is absolute, so sending it twice does nothing new."""
+
+    op_id: str
+    plan: str
+
+
+class Drain(msgspec.Struct, tag=True, frozen=True):
+    """Accept no more; finish what is here."""
+
+
+class GetStatus(msgspec.Struct, tag=True, frozen=True):
+    op_id: str
+
+
+ToEngine = Submit | Abort | SwitchPlan | Drain | GetStatus
+
+# --- engine -> server ---------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the drawn token, and of the most likely ones, best first."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """New tokens of one request, its end, or both."""
+
+    request_id: str
+    tokens: list[int] = []
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    error_status: int = 500
+    error_code: str | None = None
+    logprobs: list[TokenLogprobs] = []
+    logits: list[bytes] = []
+    tier: str = "default"
+    """The tier it is served as."""
+    reason: str | None = None
+    """Why that is not the tier it asked for."""
+    plan: str = ""
+    lane: str = ""
+    num_cached: int = 0
+    queue_s: float = 0.0
+    num_displaced: int = 0
+
+
+class WaveReport(msgspec.Struct, frozen=True):
+    num_requests: int
+    num_cached_blocks: int
+    bytes_moved: int
+    units_in_place: int
+    propose_s: float
+    precopy_s: float
+    cutover_s: float
+
+
+class SwitchReport(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """How a switch went; sent when it ends, one way or the other."""
+
+    op_id: str
+    from_plan: str
+    to_plan: str
+    ok: bool
+    message: str = ""
+    duration_s: float = 0.0
+    waves: list[WaveReport] = []
+    num_left_behind: int = 0
+    """Requests that could not be moved and finished where they were."""
+
+
+class LaneStatus(msgspec.Struct, frozen=True):
+    group: Group
+    role: str
+    tiers: tuple[str, ...]
+    num_running: int
+    num_paused: int
+    num_waiting: int
+    draining: bool
+
+
+class Status(msgspec.Struct, tag=True, frozen=True):
+    """A snapshot for health checks, metrics and dashboards."""
+
+    op_id: str
+    plan: str
+    plans: list[str]
+    switching_to: str | None
+    lanes: list[LaneStatus]
+    kv_used: list[float]
+    """Share of the arena in use by requests, per rank."""
+    num_waiting: int
+    num_running: int
+    seconds_since_step: float
+    generation: int
+    draining: bool
+
+
+FromEngine = Output | SwitchReport | Status
+
+# --- engine -> worker ---------------------------------------------------------------------------
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True):
+    """A slot starts (or starts anew) on all ranks of a lane.
+
+    `tokens` fills its row from 0; empty when a `Move` brought the row. Tokens before `num_known`
+    are never overwritten by sampling (replay and teacher forcing). `num_prompt` is where the answer begins.
+    """
+
+    slot: int
+    tokens: list[int]
+    num_prompt: int
+    num_known: int
+    sampling: SamplingParams
+
+
+class Pages(msgspec.Struct, frozen=True, array_like=True):
+    """From entry `first` on, the page table of `slot` reads `pages[i]` on the lane's i-th rank."""
+
+    slot: int
+    first: int
+    pages: list[list[int]]
+
+
+class Work(msgspec.Struct, frozen=True, array_like=True):
+    """Compute `num_tokens` positions of a slot from `start`; `samples` then draws one token."""
+
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """One forward pass of one lane; the same message goes to all its ranks."""
+
+    step_id: int
+    epoch: int
+    group: Group
+    joins: list[Join]
+    pages: list[Pages]
+    work: list[Work]
+
+
+class Pull(msgspec.Struct, frozen=True, array_like=True):
+    """Copy units out of a peer's arena (or the own one), all layers, K and V."""
+
+    src_rank: int
+    src_units: list[int]
+    dst_units: list[int]
+
+
+class RowPull(msgspec.Struct, frozen=True, array_like=True):
+    """Copy the first `num_tokens` of a slot's row out of a peer's memory (or the own one)."""
+
+    src_rank: int
+    src_slot: int
+    dst_slot: int
+    num_tokens: int
+
+
+class Move(msgspec.Struct, tag=True, frozen=True):
+    """Sent to a destination rank, which pulls; the source does nothing and knows nothing.
+
+    Before it starts, each `(rank, count)` in `after` must have completed `count` messages.
+    """
+
+    move_id: int
+    pulls: list[Pull]
+    rows: list[RowPull] = []
+    after: list[tuple[int, int]] = []
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+ToWorker = Step | Move | Shutdown
+
+# --- worker -> engine ---------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Weights are loaded and everything is warm. `phases` names how long each part took, seconds."""
+
+    rank: int
+    num_units: int
+    phases: dict[str, float]
+    memory_bytes: dict[str, int]
+
+
+class StepDone(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """From the lane's leader: the drawn tokens, in the order of the step's sampling work."""
+
+    step_id: int
+    rank: int
+    tokens: list[int]
+    seconds: float
+    """Time the worker spent in the step, waiting for peers included."""
+    logprobs: list[TokenLogprobs | None] = []
+    logits: list[bytes | None] = []
+
+
+class MoveDone(msgspec.Struct, tag=True, frozen=True):
+    move_id: int
+    rank: int
+    seconds: float
+    bytes: int
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """A worker's last words; its generation ends."""
+
+    rank: int
+    message: str
+
+
+FromWorker = Ready | StepDone | MoveDone | Failed
+
+to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,1 @@
+"""The decoder: config-driven layers over views of resident weights. Parallelism is an argument."""

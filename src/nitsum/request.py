@@ -1,0 +1,157 @@
+"""A request as the client sent it, and the sequence it becomes inside the engine."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+from nitsum.plan import Group
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is drawn. Defaults follow OpenAI's API where it has the field."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """With the token's position it is the whole state of the random stream."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    """Report the drawn token's log-probability and this many alternatives; None reports nothing."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, the model's own end tokens included unless ignored."""
+    min_tokens: int = 0
+    """Stop tokens are masked until this many tokens are out."""
+    forced_tokens: tuple[int, ...] = ()
+    """Teacher forcing, for verification: the first tokens of the answer are these."""
+    return_logits: bool = False
+    """For verification: float32 logits of each sampled position come back with its token."""
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One completion to produce; crosses from the server to the engine."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    tier: str = "default"
+    """The tier the client may have, after the key's ceiling."""
+    tier_asked: str = "default"
+    arrival_s: float = 0.0
+    """On the host's monotonic clock."""
+    order: int = 0
+    """The body's `priority`: lower first, inside a tier only."""
+    tenant: str = ""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    """Targets the client named; they order inside the tier and promise nothing."""
+    chain_id: str | None = None
+    chain_deadline_s: float | None = None
+    """Absolute time by which the whole chain should be complete."""
+    prefix_hashes: list[int] = []
+    """Block hashes of the prompt where the sender knows them (traces); else computed."""
+
+
+class SeqState(Enum):
+    WAITING = "waiting"
+    """No KV yet, in a lane's queue."""
+    RUNNING = "running"
+    """Holds KV and may be stepped."""
+    PAUSED = "paused"
+    """Displaced: holds KV, not stepped until a slot is free again."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The engine's record of a request: its tokens and how far steps have been sent and confirmed.
+
+    Positions count prompt and answer together. `tokens` holds what the host knows; steps run
+    ahead of it, so a position may be sampled (`num_sampling` of them) before its token is here.
+
+        0 ........ num_computed ........ num_dispatched ........ len(tokens) + num_sampling
+        KV confirmed | KV written by steps in flight | to compute next
+    """
+
+    __slots__ = (
+        "finish_reason",
+        "first_scheduled_s",
+        "first_token_s",
+        "group",
+        "last_token_s",
+        "num_cached",
+        "num_computed",
+        "num_dispatched",
+        "num_displaced",
+        "num_prompt",
+        "num_sampling",
+        "request",
+        "slot",
+        "state",
+        "tier",
+        "tokens",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[int] = list(request.prompt)
+        self.num_prompt = len(request.prompt)
+        self.num_dispatched = 0
+        self.num_computed = 0
+        self.num_sampling = 0
+        self.num_cached = 0
+        self.num_displaced = 0
+        self.tier = request.tier
+        """The tier it is served as; a downgrade changes it."""
+        self.state = SeqState.WAITING
+        self.group: Group | None = None
+        """The lane that steps it, once routed."""
+        self.slot: int | None = None
+        """Its row on the lane's workers, while it holds KV."""
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_output(self) -> int:
+        """Answer tokens the host has seen."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_total(self) -> int:
+        """Positions that exist: known tokens and those being sampled."""
+        return len(self.tokens) + self.num_sampling
+
+    @property
+    def num_remaining(self) -> int:
+        """Positions the next step may compute; 1 in decode."""
+        return self.num_total - self.num_dispatched
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.num_dispatched < self.num_prompt
+
+    @property
+    def has_all_samples(self) -> bool:
+        """Nothing is left to dispatch: the answer's last token is drawn or being drawn."""
+        return self.num_output + self.num_sampling >= self.request.sampling.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is SeqState.FINISHED

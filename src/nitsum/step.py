@@ -1,0 +1,63 @@
+"""A step as the scheduler composes it, and its shape as the cost model sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nitsum.plan import Lane
+from nitsum.request import Sequence
+
+
+class Chunk(NamedTuple):
+    """`num_tokens` positions of one sequence, from `start` on; `samples` draws a token after them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One forward pass of one lane, decided and not yet sent."""
+
+    lane: Lane
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class BatchShape(NamedTuple):
+    """What a step costs depends on this and the lane's degree only.
+
+    `prefill_context_tokens` sums, over prefill tokens, the context each attends to; it is what the
+    quadratic part of attention costs.
+    """
+
+    num_decode: int = 0
+    decode_context_tokens: int = 0
+    prefill_tokens: int = 0
+    prefill_context_tokens: int = 0
+    num_samples: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode + self.prefill_tokens
+
+
+def batch_shape(chunks: tuple[Chunk, ...]) -> BatchShape:
+    """The shape of a composed step; a chunk of one sampling token counts as decode."""
+    num_decode = decode_context = prefill = prefill_context = num_samples = 0
+    for chunk in chunks:
+        num_samples += chunk.samples
+        if chunk.num_tokens == 1 and chunk.samples:
+            num_decode += 1
+            decode_context += chunk.start + 1
+        else:
+            n = chunk.num_tokens
+            prefill += n
+            prefill_context += n * chunk.start + n * (n + 1) // 2
+    return BatchShape(num_decode, decode_context, prefill, prefill_context, num_samples)
