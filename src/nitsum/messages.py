@@ -186,7 +186,7 @@ class Join(msgspec.Struct, frozen=True, array_like=True):
     """A slot starts (or starts anew) on all ranks of a lane.
 
     `tokens` fills its row from 0; empty when a `Move` brought the row. Tokens before `num_known`
-    are never overwritten by sampling (replay and teacher forcing). `num_prompt` is where the answer begins.
+    are never overwritten by sampling (replay, teacher forcing). The answer begins at `num_prompt`.
     """
 
     slot: int
@@ -263,7 +263,7 @@ ToWorker = Step | Move | Shutdown
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Weights are loaded and everything is warm. `phases` names how long each part took, seconds."""
+    """Weights are loaded and everything is warm. `phases` says how long each part took, seconds."""
 
     rank: int
     num_units: int

@@ -292,6 +292,6 @@ def _group_of(ranks: list[int], plan_name: str) -> Group:
         if ranks == list(group.ranks):
             return group
     raise ConfigError(
-        f"Plan {plan_name!r}: ranks {ranks} are not an aligned group. A lane takes 2^k neighbouring "
-        "ranks starting at a multiple of 2^k, in order."
+        f"Plan {plan_name!r}: ranks {ranks} are not an aligned group. A lane takes 2^k "
+        "neighbouring ranks starting at a multiple of 2^k, in order."
     )

@@ -75,11 +75,11 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelShape:
-        """Read `config.json` (and the eos ids of `generation_config.json`) of a checkpoint folder."""
+        """Read `config.json`, and the eos ids of `generation_config.json`, of a checkpoint."""
         path = folder / "config.json"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} holds no config.json; give a Hugging Face checkpoint folder or a GGUF file."
+                f"{folder} holds no config.json. Give a Hugging Face checkpoint folder or a GGUF file."
             )
         config = json.loads(path.read_text())
         generation = folder / "generation_config.json"
@@ -121,7 +121,7 @@ class ModelShape:
 
 
 def _family(config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
+    names: list[str] = config.get("architectures") or []
     for name in names:
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
@@ -237,7 +237,7 @@ class Geometry:
         return units_per_page(degree, self.num_units)
 
     def unit_bytes(self, block_tokens: int, dtype_bytes: int) -> int:
-        """Bytes of one unit id: K and V of one block, over all layers, for `heads_per_unit` heads."""
+        """Bytes of one unit: K and V of one block, all layers, `heads_per_unit` heads."""
         per_layer = self.heads_per_unit * block_tokens * self.shape.head_dim * dtype_bytes
         return 2 * self.shape.num_layers * per_layer
 

@@ -10,7 +10,7 @@ from nitsum.request import Sequence
 
 
 class Chunk(NamedTuple):
-    """`num_tokens` positions of one sequence, from `start` on; `samples` draws a token after them."""
+    """`num_tokens` positions of a sequence from `start` on; `samples` draws a token after them."""
 
     sequence: Sequence
     start: int

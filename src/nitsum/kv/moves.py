@@ -20,7 +20,7 @@ from nitsum.shape import units_per_page
 class UnitMove(NamedTuple):
     """Unit `src_unit` of the page on `src_rank` becomes unit `dst_unit` of the page on `dst_rank`.
 
-    Units are offsets inside the page. Equal ranks mean that the bytes are on the right rank already.
+    Units are offsets inside the page. Equal ranks mean that the right rank has the bytes already.
     """
 
     src_rank: int

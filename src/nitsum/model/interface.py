@@ -41,7 +41,7 @@ class Comm(Protocol):
         ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the lane, in shard order; [n, hidden] in, the same out (may be the same memory)."""
+        """Sum over the lane, in shard order; [n, hidden] in and out (may be the same memory)."""
         ...
 
     def gather_vocab(self, logits: torch.Tensor) -> torch.Tensor:

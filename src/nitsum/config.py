@@ -1,0 +1,72 @@
+"""What the engine is told at start: frozen, checked once, never written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nitsum.errors import ConfigError
+from nitsum.messages import Fault
+from nitsum.plan import PlanSet
+from nitsum.tier import DEFAULT_TIERS, Tier
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine and its workers need; facts found later live elsewhere."""
+
+    model: str
+    """Checkpoint folder (a GGUF file is converted into one before)."""
+    plans: PlanSet
+    device: Literal["cpu", "cuda"] = "cpu"
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    min_tp: int = 1
+    """Each rank holds 1/min_tp of the weights; no lane may be narrower."""
+    block_tokens: int = 16
+    """Tokens of one KV block."""
+    kv_bytes: int = 256 << 20
+    """KV arena per rank, bytes; 0 on a GPU means all memory that is left."""
+    max_model_len: int = 0
+    """Longest prompt plus answer, tokens; 0 takes the checkpoint's."""
+    max_num_seqs: int = 64
+    """Sequences one lane steps at once."""
+    max_batch_tokens: int = 512
+    """Tokens one step may compute."""
+    num_threads: int = 0
+    """CPU threads of one worker; 0 divides the machine's cores between the workers."""
+    tiers: tuple[Tier, ...] = DEFAULT_TIERS
+    prefix_cache: bool = True
+    seed: int = 0
+    """Of dummy weights."""
+    timeout_s: float = 60.0
+    """A step or a move that takes longer ends the worker generation."""
+    precopy_units: int = 256
+    """Units one pre-copy message may pull, so that steps in between are not held up for long."""
+    check_accounting: bool = False
+    """Run `check()` after every step (tests, verification)."""
+    fault: Fault | None = None
+
+    def __post_init__(self) -> None:
+        narrowest = self.plans.degrees[0]
+        if narrowest < self.min_tp:
+            raise ConfigError(
+                f"A plan has a TP{narrowest} lane, but min_tp is {self.min_tp}: no rank holds "
+                f"enough of the weights. Lower min_tp or drop the plan."
+            )
+        for name in ("block_tokens", "max_num_seqs", "max_batch_tokens", "precopy_units"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1.")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) is below max_num_seqs "
+                f"({self.max_num_seqs}): a full decode batch would not fit one step."
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.plans.num_ranks
+
+    @property
+    def max_tp(self) -> int:
+        return self.plans.max_tp
