@@ -79,7 +79,7 @@ class ModelShape:
         path = folder / "config.json"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} holds no config.json. Give a Hugging Face checkpoint folder or a GGUF file."
+                f"{folder} has no config.json; give a Hugging Face folder or a GGUF file."
             )
         config = json.loads(path.read_text())
         generation = folder / "generation_config.json"
