@@ -1,0 +1,53 @@
+"""A block of tokens in one lane's layout, and a request's table of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nitsum.plan import Group
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """Copy `count` units inside one rank; sent before anything that relies on the new place."""
+
+    rank: int
+    src_unit: int
+    dst_unit: int
+    count: int
+
+
+class Block:
+    """KV of `block_tokens` positions, laid out for `group`: one page on each of its ranks.
+
+    `refs` counts the tables and switch waves that use it. A block without references stays cached
+    under its hash until its room is needed. Only full blocks of known tokens have a hash; they are
+    never written again, so they may be shared.
+    """
+
+    __slots__ = ("group", "hash", "level", "pages", "pins", "refs")
+
+    def __init__(self, group: Group, pages: list[int]) -> None:
+        self.group = group
+        self.pages = pages
+        """Page id on the group's i-th rank, counted in pages of the group's degree."""
+        self.refs = 1
+        self.pins = 0
+        """While above 0 a peer may be reading it: it must not be relocated."""
+        self.hash: int | None = None
+        self.level = 0
+        """Tier level of its most urgent user; the least urgent are evicted first."""
+
+
+class Table:
+    """The blocks of one request, in order, all in the layout of `group`."""
+
+    __slots__ = ("blocks", "group", "num_registered", "num_sent")
+
+    def __init__(self, group: Group, blocks: list[Block]) -> None:
+        self.group = group
+        self.blocks = blocks
+        self.num_registered = 0
+        """Leading blocks that the prefix index was told about."""
+        self.num_sent = 0
+        """Leading blocks whose pages the workers know; a relocation sets it back."""

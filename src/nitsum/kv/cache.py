@@ -1,0 +1,253 @@
+"""KV accounting of the whole machine: who owns which units, on every rank, at every moment.
+
+Nothing here touches memory. The engine sends workers what this decides: pages for tables, and the
+relocations that make room where free units are scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nitsum.kv.blocks import Block, Relocation, Table
+from nitsum.kv.compact import compact
+from nitsum.kv.prefix import PrefixIndex
+from nitsum.kv.units import UnitPool
+from nitsum.plan import Group
+from nitsum.shape import units_per_page
+
+
+@dataclass(frozen=True)
+class ArenaShape:
+    """What the accounting must know of the arenas."""
+
+    num_ranks: int
+    num_units: int
+    """Units per rank."""
+    units_per_block: int
+    """U: units of one block over all its heads, replicas not counted."""
+    block_tokens: int
+    min_degree: int = 1
+    """Narrowest lane of any plan; its pages are the largest blocks ever allocated."""
+    unit_bytes: int = 1
+
+    def page_units(self, group: Group) -> int:
+        return units_per_page(group.degree, self.units_per_block)
+
+    def page_order(self, group: Group) -> int:
+        return self.page_units(group).bit_length() - 1
+
+
+class KvCache:
+    """Tables of requests over buddy pools, one pool a rank, with prefix sharing."""
+
+    def __init__(self, arena: ArenaShape, *, prefix_caching: bool = True) -> None:
+        self.arena = arena
+        self.prefix_caching = prefix_caching
+        max_order = units_per_page(arena.min_degree, arena.units_per_block).bit_length() - 1
+        self.pools = [UnitPool(arena.num_units, max_order) for _ in range(arena.num_ranks)]
+        self.prefixes = PrefixIndex()
+        self.tables: dict[str, Table] = {}
+        self.num_evicted = 0
+        self._idle_units = [0] * arena.num_ranks
+        self._held: dict[Block, int] = {}
+        self._relocations: list[Relocation] = []
+
+    # -- a request's table --
+
+    def open(self, request_id: str, group: Group, hashes: Sequence[int], level: int = 0) -> int:
+        """Start a table with the cached blocks of the longest matching prefix.
+
+        Returns the number of tokens that need no computing.
+        """
+        assert request_id not in self.tables, request_id
+        num_hits = self.prefixes.match(group, hashes) if self.prefix_caching else 0
+        blocks = [self._hit(group, block_hash, level) for block_hash in hashes[:num_hits]]
+        table = Table(group, blocks)
+        table.num_registered = num_hits
+        self.tables[request_id] = table
+        return num_hits * self.arena.block_tokens
+
+    def grow(self, request_id: str, num_tokens: int) -> bool:
+        """Make the table cover `num_tokens` positions; False, and nothing changed, if no room."""
+        table = self.tables[request_id]
+        num_before = len(table.blocks)
+        num_needed = -(-num_tokens // self.arena.block_tokens)
+        while len(table.blocks) < num_needed:
+            block = self.alloc_block(table.group)
+            if block is None:
+                self.drop(table.blocks[num_before:])
+                del table.blocks[num_before:]
+                return False
+            table.blocks.append(block)
+        return True
+
+    def register(self, request_id: str, hashes: Sequence[int], level: int = 0) -> None:
+        """Tell the prefix index about the table's leading blocks, which hash to `hashes`."""
+        table = self.tables[request_id]
+        if not self.prefix_caching:
+            return
+        for index in range(table.num_registered, min(len(hashes), len(table.blocks))):
+            block = table.blocks[index]
+            block.level = level
+            self.prefixes.add(block, hashes[index])
+            table.num_registered = index + 1
+
+    def close(self, request_id: str) -> None:
+        """The request is gone: its blocks lose a reference, hashed ones stay cached."""
+        table = self.tables.pop(request_id)
+        self.drop(reversed(table.blocks))  # the end of a prefix is evicted before its start
+
+    def slot_pages(self, table: Table, first: int) -> list[list[int]]:
+        """Page ids of blocks `first..`, for each rank of the table's group."""
+        blocks = table.blocks[first:]
+        return [[block.pages[i] for block in blocks] for i in range(table.group.degree)]
+
+    # -- blocks --
+
+    def alloc_block(self, group: Group) -> Block | None:
+        """A fresh block with one reference, evicting and compacting as needed; None when full."""
+        order = self.arena.page_order(group)
+        pages: list[int] = []
+        for rank in group.ranks:
+            start = self.alloc_units(rank, order)
+            if start is None:
+                self._release_pages(group, pages)
+                return None
+            pages.append(start >> order)
+        return Block(group, pages)
+
+    def alloc_units(self, rank: int, order: int) -> int | None:
+        """The start of `2**order` units on one rank: free, else evicted, else made by moving."""
+        pool = self.pools[rank]
+        while True:
+            start = pool.alloc(order)
+            if start is not None:
+                return start
+            victim = self.prefixes.victim(rank)
+            if victim is None or self.arena.page_order(victim.group) < order:
+                start = self._compact(rank, order)
+                if start is not None or victim is None:
+                    return start
+            self.evict(victim)
+
+    def retain(self, block: Block, level: int | None = None) -> None:
+        """One more user of a block, cached or in use."""
+        if block.refs == 0:
+            self.prefixes.use(block)
+            self._count_idle(block, -1)
+            block.level = block.level if level is None else level
+        elif level is not None:
+            block.level = min(block.level, level)
+        block.refs += 1
+
+    def drop(self, blocks: Iterable[Block]) -> None:
+        """One user less for each block; without users it stays cached if hashed, else is freed."""
+        for block in blocks:
+            assert block.refs > 0, "block dropped twice"
+            block.refs -= 1
+            if block.refs:
+                continue
+            if block.hash is not None:
+                self.prefixes.park(block)
+                self._count_idle(block, +1)
+            else:
+                self._release_pages(block.group, block.pages)
+
+    def hold(self, block: Block) -> None:
+        """Keep a block, and keep it in place, while peers read it; see `unhold`."""
+        self.retain(block)
+        self.track(block)
+
+    def unhold(self, block: Block) -> None:
+        self.untrack(block)
+        self.drop([block])
+
+    def track(self, block: Block) -> None:
+        """One of the block's references belongs to a transfer, and pins it to its place."""
+        block.pins += 1
+        self._held[block] = self._held.get(block, 0) + 1
+
+    def untrack(self, block: Block) -> None:
+        """That reference now belongs to a table, or is about to be dropped."""
+        block.pins -= 1
+        self._held[block] -= 1
+        if not self._held[block]:
+            del self._held[block]
+
+    def evict(self, block: Block) -> None:
+        """Free a cached, unreferenced block."""
+        assert block.refs == 0
+        assert block.hash is not None
+        self.prefixes.forget(block)
+        self._count_idle(block, -1)
+        self._release_pages(block.group, block.pages)
+        self.num_evicted += 1
+
+    def evict_group(self, group: Group) -> int:
+        """Drop every unreferenced block in a layout that no lane uses any more."""
+        blocks = self.prefixes.idle(group)
+        for block in blocks:
+            self.evict(block)
+        return len(blocks)
+
+    # -- what the engine must send --
+
+    def take_relocations(self) -> list[Relocation]:
+        """Copies decided since the last call, in order."""
+        relocations, self._relocations = self._relocations, []
+        return relocations
+
+    # -- figures --
+
+    def free_units(self, rank: int) -> int:
+        """Units on `rank` that a new block could have: free ones and unreferenced cached ones."""
+        return self.pools[rank].num_free + self._idle_units[rank]
+
+    def used_share(self, rank: int) -> float:
+        """Share of the rank's units in use by requests; cached blocks without user not counted."""
+        return 1.0 - self.free_units(rank) / self.pools[rank].num_units
+
+    def free_blocks(self, group: Group) -> int:
+        """Blocks a lane could still have: the minimum over its ranks."""
+        page_units = self.arena.page_units(group)
+        return min(self.free_units(rank) for rank in group.ranks) // page_units
+
+    def blocks(self) -> set[Block]:
+        """Every block there is."""
+        found = set(self.prefixes.all_blocks())
+        found.update(self._held)
+        for table in self.tables.values():
+            found.update(table.blocks)
+        return found
+
+    def held(self, block: Block) -> int:
+        return self._held.get(block, 0)
+
+    # -- inside --
+
+    def _hit(self, group: Group, block_hash: int, level: int) -> Block:
+        block = self.prefixes.get(group, block_hash)
+        assert block is not None
+        self.retain(block, level)
+        return block
+
+    def _compact(self, rank: int, order: int) -> int | None:
+        if order == 0 or self.pools[rank].num_free < 1 << order:
+            return None
+        made = compact(self, rank, order)
+        if made is None:
+            return None
+        start, relocations = made
+        self._relocations.extend(relocations)
+        return start
+
+    def _release_pages(self, group: Group, pages: Sequence[int]) -> None:
+        count = self.arena.page_units(group)
+        for rank, page in zip(group.ranks, pages, strict=False):
+            self.pools[rank].release(page * count, count)
+
+    def _count_idle(self, block: Block, sign: int) -> None:
+        count = sign * self.arena.page_units(block.group)
+        for rank in block.group.ranks:
+            self._idle_units[rank] += count

@@ -1,0 +1,112 @@
+"""The prefix cache: which block, in which lane's layout, holds the KV of which tokens.
+
+A block's hash covers its tokens and everything before them, so equal hashes mean equal KV. There
+is at most one copy for each hash and group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from nitsum.kv.blocks import Block
+from nitsum.plan import Group
+
+
+def hash_block(previous: int, tokens: Sequence[int]) -> int:
+    """128-bit hash of a full block that follows the block (or salt) hashed to `previous`."""
+    data = previous.to_bytes(16, "little", signed=False) + array("q", tokens).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "little")
+
+
+def hash_prompt(tokens: Sequence[int], block_tokens: int, salt: int = 0) -> list[int]:
+    """Hashes of all full blocks of `tokens`."""
+    hashes: list[int] = []
+    previous = salt
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        previous = hash_block(previous, tokens[start : start + block_tokens])
+        hashes.append(previous)
+    return hashes
+
+
+class PrefixIndex:
+    """Cached blocks by hash, and the unreferenced ones in the order in which they may go."""
+
+    def __init__(self) -> None:
+        self._by_hash: dict[Group, dict[int, Block]] = {}
+        # idle[group][level]: unreferenced blocks, least recently used first.
+        self._idle: dict[Group, dict[int, OrderedDict[Block, int]]] = {}
+        self._clock = 0
+
+    def get(self, group: Group, block_hash: int) -> Block | None:
+        blocks = self._by_hash.get(group)
+        return blocks.get(block_hash) if blocks else None
+
+    def match(self, group: Group, hashes: Sequence[int]) -> int:
+        """How many leading blocks are cached in this group's layout."""
+        blocks = self._by_hash.get(group)
+        if not blocks:
+            return 0
+        for index, block_hash in enumerate(hashes):
+            if block_hash not in blocks:
+                return index
+        return len(hashes)
+
+    def groups(self) -> list[Group]:
+        return [group for group, blocks in self._by_hash.items() if blocks]
+
+    def add(self, block: Block, block_hash: int) -> bool:
+        """Index a full block; False when another copy in this layout was first."""
+        blocks = self._by_hash.setdefault(block.group, {})
+        if block_hash in blocks:
+            return False
+        block.hash = block_hash
+        blocks[block_hash] = block
+        return True
+
+    def forget(self, block: Block) -> None:
+        """Drop a block from the index; it must be unreferenced or about to be freed."""
+        if block.hash is not None:
+            del self._by_hash[block.group][block.hash]
+            self.use(block)
+            block.hash = None
+
+    def park(self, block: Block) -> None:
+        """The last reference went away: keep it as the most recently used of its level."""
+        self._clock += 1
+        levels = self._idle.setdefault(block.group, {})
+        levels.setdefault(block.level, OrderedDict())[block] = self._clock
+
+    def use(self, block: Block) -> None:
+        """A reference came (back): it is no candidate for eviction."""
+        levels = self._idle.get(block.group)
+        if levels and block.level in levels:
+            levels[block.level].pop(block, None)
+
+    def victim(self, rank: int) -> Block | None:
+        """The next block to evict for room on `rank`: lowest tier first, then longest unused."""
+        best: Block | None = None
+        best_key = (1, 0)
+        for group, levels in self._idle.items():
+            if rank not in group.ranks:
+                continue
+            for level, blocks in levels.items():
+                if blocks:
+                    block, used = next(iter(blocks.items()))
+                    if best is None or (-level, used) < best_key:
+                        best, best_key = block, (-level, used)
+        return best
+
+    def idle(self, group: Group) -> list[Block]:
+        """Unreferenced blocks of a group, most recently used last."""
+        levels = self._idle.get(group, {})
+        aged = [
+            (used, i, b) for level in levels.values() for i, (b, used) in enumerate(level.items())
+        ]
+        return [block for _, _, block in sorted(aged, key=lambda entry: entry[0])]
+
+    def all_blocks(self) -> Iterator[Block]:
+        for blocks in self._by_hash.values():
+            yield from blocks.values()
