@@ -96,6 +96,7 @@ class ModelShape:
         Raises `CheckpointError` for anything this decoder would compute wrongly.
         """
         family = _family(config)
+        _check_supported(config)
         heads = config["num_attention_heads"]
         attention_bias = bool(config.get("attention_bias", False))
         return cls(
@@ -112,7 +113,7 @@ class ModelShape:
             rope=_rope(config),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or family == "qwen2",
-            o_bias=attention_bias and family == "llama",
+            o_bias=attention_bias and family in ("llama", "qwen3"),
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             eos_token_ids=_token_ids(config.get("eos_token_id")),
@@ -129,6 +130,16 @@ def _family(config: dict[str, Any]) -> str:
     raise CheckpointError(
         f"Architecture {names or 'missing'} is not supported. Supported: {known}."
     )
+
+
+def _check_supported(config: dict[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise CheckpointError(f"Activation {activation!r} is not supported (silu is).")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            "Quantized checkpoints are not supported. Use the unquantized one, or a GGUF file."
+        )
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
