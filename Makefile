@@ -1,28 +1,61 @@
-# `make serve` and `make test` need nothing but Python 3.11+ and make.
+# `make serve` and `make test` need Python 3.11 or newer and make, nothing else.
+# `make` alone lists the targets.
+
 VENV := .venv
 PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
 
-.PHONY: check lint types test format
+# What is served, on how many ranks, where, and with which plan. `make serve RANKS=4 PORT=9000`
+MODEL ?= demo
+RANKS ?= 2
+PORT ?= 8000
+PLAN ?=
 
-$(VENV)/.installed: pyproject.toml
-	python3 -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q torch==2.13.0
-	$(PY) -m pip install -q -e '.[cpu,hf,dev]'
-	touch $@
+# The first interpreter that runs and is new enough; `make serve PYTHON=/path/to/python` overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-check: lint types test
+# Installed before the rest so that this build is the one the others find. On Linux the default
+# build carries CUDA, several gigabytes that a CPU has no use for. PyTorch publishes a CPU build
+# (2.13.0+cpu) in an index of its own: name that index in PIP_EXTRA_INDEX_URL and it is preferred.
+TORCH ?= torch==2.13.0
 
-lint: $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help serve demo test test-gpu check lint types format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Creating the environment in $(VENV); the first time, this takes a few minutes."
+	@$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu, install python3-venv."; exit 1; }
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -e '.[cpu,hf,dev]'
+	@touch $@
+
+serve: $(STAMP) ## Fetch the demo model and serve it (MODEL, RANKS, PORT, PLAN)
+	@$(VENV)/bin/nitsum serve $(MODEL) --ranks $(RANKS) --port $(PORT) $(if $(PLAN),--plan '$(PLAN)')
+
+test: $(STAMP) ## Run the tests
+	$(PY) -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device
+	$(PY) -m pytest -m gpu
+
+check: lint types test ## Lint, types and tests: what continuous integration runs
+
+lint: $(STAMP) ## Check style
 	$(VENV)/bin/ruff check src tests
 	$(VENV)/bin/ruff format --check src tests
 
-types: $(VENV)/.installed
+types: $(STAMP) ## Check types
 	$(VENV)/bin/pyright
 
-test: $(VENV)/.installed
-	$(PY) -m pytest
-
-format: $(VENV)/.installed
+format: $(STAMP) ## Format the code and fix what can be fixed
 	$(VENV)/bin/ruff format src tests
 	$(VENV)/bin/ruff check --fix src tests
+
+clean: ## Remove the environment and all caches inside this folder
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

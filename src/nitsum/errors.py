@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class NitsumError(Exception):
     """Root of every error this project raises on purpose."""
@@ -11,8 +13,16 @@ class ConfigError(NitsumError):
     """A flag, a file or the environment is wrong; raised before anything starts."""
 
 
-class MissingDependency(NitsumError):
+class MissingDependency(NitsumError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
+
+
+def require_torch() -> None:
+    """Packages that compute call this first; `MissingDependency` says how to get PyTorch."""
+    if find_spec("torch") is None:
+        raise MissingDependency(
+            "PyTorch is not installed: install nitsum[cpu] for CPU ranks or nitsum[gpu] for GPUs."
+        )
 
 
 class CheckpointError(NitsumError):

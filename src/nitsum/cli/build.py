@@ -1,0 +1,98 @@
+"""From settings to what the engine takes: plans, tiers, `EngineConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import msgspec
+
+from nitsum.cli.settings import PlanSettings, ServeSettings
+from nitsum.cli.sources import did_you_mean
+from nitsum.config import EngineConfig
+from nitsum.errors import ConfigError
+from nitsum.plan import PlanSet, default_plans, is_power_of_two, read_plans
+from nitsum.tier import DEFAULT_TIERS, Tier, TierSet
+
+CPU_KV_BYTES = 256 << 20
+
+
+def build_plans(settings: PlanSettings) -> PlanSet:
+    """The plans named, or the default ones that `min_tp` allows."""
+    if not is_power_of_two(settings.ranks):
+        raise ConfigError(f"--ranks: {settings.ranks} is not a power of two (1, 2, 4, 8, ...).")
+    if not is_power_of_two(settings.min_tp) or settings.min_tp > settings.ranks:
+        raise ConfigError(
+            f"--min-tp: a power of two of at most --ranks ({settings.ranks}) is expected, not "
+            f"{settings.min_tp}."
+        )
+    if settings.plans:
+        return read_plans(list(settings.plans), settings.ranks, settings.plan or None)
+    return _default_plans(settings)
+
+
+def _default_plans(settings: PlanSettings) -> PlanSet:
+    plans = tuple(
+        plan
+        for plan in default_plans(settings.ranks).plans
+        if all(lane.degree >= settings.min_tp for lane in plan.lanes)
+    )
+    plan_set = PlanSet(settings.ranks, plans, settings.plan or plans[0].name)
+    _ = plan_set[plan_set.initial]
+    return plan_set
+
+
+def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
+    """The engine's configuration for the checkpoint folder `model`."""
+    on_cpu = settings.device == "cpu"
+    kv_bytes = settings.kv_memory
+    if kv_bytes is None:
+        kv_bytes = CPU_KV_BYTES if on_cpu else 0
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    return EngineConfig(
+        model=str(model),
+        plans=build_plans(settings),
+        device=settings.device,
+        load_format=settings.load_format,
+        dtype=dtype,
+        min_tp=settings.min_tp,
+        block_tokens=settings.block_tokens,
+        kv_bytes=kv_bytes,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        num_threads=settings.threads,
+        tiers=build_tiers(settings.tiers),
+        prefix_cache=settings.prefix_cache,
+        seed=settings.seed,
+        timeout_s=settings.step_timeout,
+    )
+
+
+def build_tiers(entries: tuple[object, ...]) -> tuple[Tier, ...]:
+    """Tiers from YAML mappings whose keys are the fields of `Tier`; none given: the usual four."""
+    if not entries:
+        return DEFAULT_TIERS
+    tiers = tuple(_read_tier(entry) for entry in entries)
+    return TierSet(tiers).ordered
+
+
+def _read_tier(entry: object) -> Tier:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"--tiers: each entry is a mapping with at least `name`, not {entry!r}.")
+    fields = get_type_hints(Tier)
+    mapping = cast(dict[Any, object], entry)
+    for key in mapping:
+        if key not in fields:
+            raise ConfigError(f"--tiers: unknown key {key!r}.{did_you_mean(str(key), fields)}")
+    required = {f.name for f in dataclasses.fields(Tier) if f.default is dataclasses.MISSING}
+    missing = sorted(required - set(mapping))
+    if missing:
+        raise ConfigError(f"--tiers: {mapping.get('name', 'a tier')!r} lacks {', '.join(missing)}.")
+    try:
+        return msgspec.convert(mapping, Tier)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--tiers: {mapping['name']!r}: {error}.") from error

@@ -1,0 +1,83 @@
+"""What `nitsum serve` can be told: every flag, its type, its help and its default, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nitsum.cli.readers import boolean, entries, one_of, seconds, size_bytes, text, whole_number
+from nitsum.cli.sources import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """The ranks and the plans that are resident on them."""
+
+    ranks: int = setting(whole_number(1), 1, "processes (CPU) or GPUs; a power of two", "N")
+    plans: tuple[object, ...] = setting(
+        entries,
+        (),
+        "plans to hold ready: a YAML file or shorthand such as 2xTP1,TP2 "
+        "(default: a useful set for this number of ranks)",
+        "FILE|PLAN,...",
+    )
+    plan: str = setting(text, "", "the plan to begin with (default: the first)")
+    min_tp: int = setting(
+        whole_number(1), 1, "each rank holds 1/N of the weights; no lane may be narrower", "N"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(PlanSettings):
+    """Plans, engine and server together."""
+
+    model: str = setting(
+        text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
+    )
+    device: Literal["cpu", "cuda"] = setting(one_of("cpu", "cuda"), "cpu", "cpu or cuda")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        one_of("auto", "float32", "bfloat16"),
+        "auto",
+        "float32 or bfloat16 (default: float32 on cpu, bfloat16 on cuda)",
+    )
+    load_format: Literal["auto", "dummy"] = setting(
+        one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
+    )
+    seed: int = setting(whole_number(), 0, "of dummy weights", "N")
+    threads: int = setting(
+        whole_number(), 0, "CPU threads of one worker (default: the cores, divided)", "N"
+    )
+    block_tokens: int = setting(whole_number(1), 16, "tokens of one KV block", "N")
+    kv_memory: int | None = setting(
+        size_bytes,
+        None,
+        "KV arena of one rank, e.g. 256MiB (default: 256MiB on cpu, what is left on cuda)",
+        "SIZE",
+    )
+    max_model_len: int = setting(
+        whole_number(), 0, "longest prompt plus answer, tokens (default: the checkpoint's)", "N"
+    )
+    max_num_seqs: int = setting(whole_number(1), 64, "sequences one lane steps at once", "N")
+    max_batch_tokens: int = setting(whole_number(1), 512, "tokens one step may compute", "N")
+    prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
+    step_timeout: float = setting(
+        seconds, 60.0, "a step that takes longer restarts the workers, seconds", "SECONDS"
+    )
+    tiers: tuple[object, ...] = setting(
+        entries, (), "tiers to serve: a YAML file (default: priority, default, flex, batch)", "FILE"
+    )
+    host: str = setting(text, "127.0.0.1", "address to listen on")
+    port: int = setting(whole_number(0, 65535), 8000, "port to listen on; 0 takes a free one")
+    served_model_name: str = setting(
+        text, "", "the model's name in the API (default: its folder's name)"
+    )
+    api_key: str = setting(text, "", "clients must send this key (default: none needed)")
+    admin_key: str = setting(
+        text, "", "admin routes need this key (default: loopback callers only)"
+    )
+    shutdown_timeout: float = setting(
+        seconds, 30.0, "time for running requests to finish at shutdown, seconds", "SECONDS"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        one_of("debug", "info", "warning", "error"), "info", "debug, info, warning or error"
+    )
