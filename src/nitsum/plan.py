@@ -148,7 +148,7 @@ class PlanSet(msgspec.Struct, frozen=True):
 
 # --- reading plans -----------------------------------------------------------------------------
 
-_TERM = re.compile(r"(?:(\d+)x)?TP(\d+)", re.IGNORECASE)
+_TERM = re.compile(r"(?:([1-9]\d*)x)?TP(\d+)", re.IGNORECASE)
 _EXPRESS_TIERS = ("priority", "default")
 _BULK_TIERS = ("default", "flex", "batch")
 

@@ -81,13 +81,16 @@ class ModelShape:
             raise CheckpointError(
                 f"{folder} has no config.json; give a Hugging Face folder or a GGUF file."
             )
-        config = json.loads(path.read_text())
+        config = _parse(path)
         generation = folder / "generation_config.json"
         if generation.is_file():
-            stops = json.loads(generation.read_text()).get("eos_token_id")
+            stops = _parse(generation).get("eos_token_id")
             if stops is not None:
                 config["eos_token_id"] = stops
-        return cls.from_hf(config)
+        try:
+            return cls.from_hf(config)
+        except KeyError as error:
+            raise CheckpointError(f"{path} lacks {error}.") from error
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
@@ -119,6 +122,13 @@ class ModelShape:
             eos_token_ids=_token_ids(config.get("eos_token_id")),
             bos_token_id=config.get("bos_token_id"),
         )
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _family(config: dict[str, Any]) -> str:

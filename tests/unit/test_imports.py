@@ -5,7 +5,8 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from source_tree import SPINE, Import, imports, modules, package_of
+
+from tests.unit.source_tree import SPINE, Import, imports, modules, package_of
 
 # A request goes down this table. A package may import what its line names, and the spine.
 MAY_IMPORT: dict[str, set[str]] = {

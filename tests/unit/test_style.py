@@ -2,7 +2,7 @@
 
 import statistics
 
-from source_tree import functions, modules
+from tests.unit.source_tree import functions, modules
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
