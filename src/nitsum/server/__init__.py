@@ -1,0 +1,1 @@
+"""HTTP in, tokens out: OpenAI's API, the tokenizer, tiers, streams, metrics."""
