@@ -70,3 +70,9 @@ class EngineConfig:
     @property
     def max_tp(self) -> int:
         return self.plans.max_tp
+
+    @property
+    def max_slots(self) -> int:
+        """Rows a worker keeps: every lane of any plan full, four times over for sequences that are
+        paused or on their way between lanes. Slot numbers are below this."""
+        return 4 * self.max_num_seqs * self.num_ranks

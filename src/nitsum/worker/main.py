@@ -1,0 +1,159 @@
+"""A worker process from start to end: load, warm up, report ready, obey.
+
+    engine --- Step, Move, Shutdown (one FIFO) ---> this rank --- Ready, StepDone, ... ---> engine
+
+It dies with its parent, and tells the engine why when it dies of anything else.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import zmq
+
+from nitsum.errors import ConfigError, NitsumError
+from nitsum.messages import (
+    Failed,
+    FromWorker,
+    Ready,
+    Shutdown,
+    WorkerSpec,
+    encode,
+    to_worker_decoder,
+)
+from nitsum.model.decoder import forward
+from nitsum.model.interface import KvPages, StepInput
+from nitsum.shape import Geometry, ModelShape
+from nitsum.shared import Shared
+from nitsum.worker.comm import GroupComm
+from nitsum.worker.memory import memory_bytes
+from nitsum.worker.runner import Runner
+from nitsum.worker.weights import ResidentWeights, load_weights, open_source
+
+START_TIMEOUT_S = 900.0
+"""How long a rank that is ready waits for one that still loads."""
+
+
+_T = TypeVar("_T")
+
+
+def run(spec: WorkerSpec, shared: Shared) -> None:
+    """The worker's whole life; ends the process with status 1 after reporting a failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the engine ends us
+    _die_with_parent()
+    link = EngineLink(spec)
+    try:
+        _work(spec, shared, link)
+    except Exception as error:
+        link.send(Failed(spec.rank, _last_words(error)))
+        raise SystemExit(1) from None
+    finally:
+        link.close()
+
+
+class EngineLink:
+    """The two sockets of a worker: its FIFO in, its replies out."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._replies = self._context.socket(zmq.PUSH)
+        self._inbox.rcvhwm = self._replies.sndhwm = 0
+        self._inbox.bind(spec.inbox_address)
+        self._replies.connect(spec.engine_address)
+
+    def receive(self) -> bytes:
+        """The next message of the FIFO; sleeps until there is one."""
+        return self._inbox.recv()
+
+    def send(self, reply: FromWorker) -> None:
+        self._replies.send(encode(reply))
+
+    def close(self) -> None:
+        """Deliver what is sent, waiting two seconds at most."""
+        self._context.destroy(linger=2000)
+
+
+def _work(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
+    runner, ready = _start(spec, shared)
+    # A collection that walks every module and weight would stall the lane; they never die anyway.
+    gc.freeze()
+    link.send(ready)
+    while not isinstance(message := to_worker_decoder.decode(link.receive()), Shutdown):
+        done = runner.obey(message)
+        if done is not None:
+            link.send(done)
+
+
+def _start(spec: WorkerSpec, shared: Shared) -> tuple[Runner, Ready]:
+    """Load, map and warm up, timing each."""
+    if spec.device != "cpu":
+        raise ConfigError(f"This worker computes on cpu, not on {spec.device}; use --device cpu.")
+    torch.set_num_threads(spec.num_threads)
+    geometry = Geometry(ModelShape.from_folder(Path(spec.model)), spec.max_tp, spec.min_tp)
+    phases: dict[str, float] = {}
+    weights = _timed(phases, "load", lambda: _load(spec, geometry))
+    runner = _timed(phases, "map", lambda: Runner(spec, geometry, shared, _bind(geometry, weights)))
+    _timed(phases, "warm_up", lambda: runner.warm_up(START_TIMEOUT_S))
+    memory = memory_bytes(spec, geometry, weights.num_bytes)
+    return runner, Ready(spec.rank, spec.num_units, phases, memory)
+
+
+def _load(spec: WorkerSpec, geometry: Geometry) -> ResidentWeights:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    source = open_source(
+        Path(spec.model), geometry.shape, spec.load_format, seed=spec.seed, dtype=dtype
+    )
+    return load_weights(geometry, spec.rank, source, dtype=dtype)
+
+
+def _bind(geometry: Geometry, weights: ResidentWeights) -> Callable[..., torch.Tensor]:
+    """The decoder with the shard that a step's group asks for."""
+
+    def call(step: StepInput, comm: GroupComm, pages: KvPages) -> torch.Tensor:
+        return forward(geometry, weights.views(comm.degree, comm.shard), comm, pages, step)
+
+    return call
+
+
+def _timed(phases: dict[str, float], name: str, call: Callable[[], _T]) -> _T:
+    started_s = time.monotonic()
+    result = call()
+    phases[name] = time.monotonic() - started_s
+    return result
+
+
+def _last_words(error: Exception) -> str:
+    """A designed error says all; anything else is our mistake, so the log gets the whole trace."""
+    if isinstance(error, NitsumError):
+        return str(error)
+    traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _die_with_parent() -> None:
+    """A thread sleeps until the parent is gone, however it went, then ends this process.
+
+    Not PR_SET_PDEATHSIG: that fires when the *thread* that started us ends.
+    """
+    parent = parent_process()
+    if parent is not None:
+        watch = partial(_exit_after, parent.sentinel)
+        threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

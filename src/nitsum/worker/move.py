@@ -1,0 +1,102 @@
+"""The mover: a destination rank pulls KV units and rows out of its peers' memory.
+
+The source neither does nor knows anything. All that a `Move` reads is read before the first byte
+is written, so that units may trade places within one message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from nitsum.messages import Fault, Move, MoveDone, Pull, RowPull
+from nitsum.shared import Progress
+from nitsum.worker.arena import Arena
+
+
+class _Bytes(NamedTuple):
+    """Something read, and where it goes: `destination[:, places] = data`."""
+
+    places: torch.Tensor
+    data: torch.Tensor
+
+
+class Mover:
+    """Obeys `Move` on one rank; arenas and rows of all ranks, by rank."""
+
+    def __init__(
+        self,
+        rank: int,
+        arenas: Sequence[Arena],
+        rows: Sequence[torch.Tensor],
+        progress: Progress,
+        timeout_s: float,
+        fault: Fault | None = None,
+    ) -> None:
+        self._rank = rank
+        self._units = [arena.unit_rows() for arena in arenas]
+        self._rows = rows
+        self._progress = progress
+        self._timeout_s = timeout_s
+        self._fault: Fault | None = fault
+
+    def move(self, move: Move) -> MoveDone:
+        """Wait for the peers named in `after`, then copy; raises `WorkerDied` if one is late."""
+        started_s = time.monotonic()
+        for rank, count in move.after:
+            self._progress.wait_for(rank, count, self._timeout_s)
+        num_bytes = self._copy(_with_fault(move, self._fault))
+        return MoveDone(move.move_id, self._rank, time.monotonic() - started_s, num_bytes)
+
+    def _copy(self, move: Move) -> int:
+        units = [self._read_units(pull) for pull in move.pulls if pull.src_units]
+        rows = [(pull, self._read_row(pull)) for pull in move.rows]
+        for places, data in units:
+            self._units[self._rank].index_copy_(1, places, data)
+        for pull, tokens in rows:
+            self._rows[self._rank][pull.dst_slot, : pull.num_tokens] = tokens
+        return sum(_num_bytes(read.data) for read in units) + sum(_num_bytes(r) for _, r in rows)
+
+    def _read_units(self, pull: Pull) -> _Bytes:
+        """All layers, K and V, of all units of one peer in one gather."""
+        src = self._units[pull.src_rank]
+        data = src.index_select(1, torch.tensor(pull.src_units))
+        return _Bytes(torch.tensor(pull.dst_units), data)
+
+    def _read_row(self, pull: RowPull) -> torch.Tensor:
+        return self._rows[pull.src_rank][pull.src_slot, : pull.num_tokens].clone()
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# --- faults, planted to prove that verification can fail ------------------------------------------
+
+
+def _with_fault(move: Move, fault: Fault | None) -> Move:
+    if fault == "swap-heads":
+        return Move(move.move_id, [_swapped(pull) for pull in move.pulls], move.rows)
+    if fault == "stale-block":
+        return Move(move.move_id, [_shortened(pull) for pull in move.pulls], move.rows)
+    if fault == "lost-tail" and move.rows:
+        return Move(move.move_id, [], [_without_last(pull) for pull in move.rows])
+    return move
+
+
+def _swapped(pull: Pull) -> Pull:
+    """The neighbouring unit: other heads of the same block, where it has several units."""
+    return Pull(pull.src_rank, [unit ^ 1 for unit in pull.src_units], pull.dst_units)
+
+
+def _shortened(pull: Pull) -> Pull:
+    """The last two units stay what they were."""
+    return Pull(pull.src_rank, pull.src_units[:-2], pull.dst_units[:-2])
+
+
+def _without_last(pull: RowPull) -> RowPull:
+    """The last drawn token does not come along."""
+    return RowPull(pull.src_rank, pull.src_slot, pull.dst_slot, pull.num_tokens - 1)

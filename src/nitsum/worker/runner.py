@@ -1,0 +1,125 @@
+"""One rank at work: obeys steps and moves, and knows nothing of why they were sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from nitsum.messages import Join, Move, MoveDone, Pages, Step, StepDone, Work, WorkerSpec
+from nitsum.model.interface import StepInput
+from nitsum.plan import Group
+from nitsum.request import SamplingParams
+from nitsum.shape import Geometry
+from nitsum.shared import Progress, Shared, comm_layout, row_tokens
+from nitsum.worker import arena as arenas
+from nitsum.worker.comm import GroupComm
+from nitsum.worker.move import Mover
+from nitsum.worker.sampler import Drawn, sample
+from nitsum.worker.slots import Slots, map_rows
+
+Forward = Callable[[StepInput, GroupComm, arenas.Pages], torch.Tensor]
+"""One pass of the model on this rank: float32 logits [m, vocabulary], without padding."""
+
+WARM_UP_TOKENS = 8
+
+
+class Runner:
+    """A rank's slots, arena and groups around its model."""
+
+    def __init__(
+        self, spec: WorkerSpec, geometry: Geometry, shared: Shared, forward: Forward
+    ) -> None:
+        self._spec = spec
+        self._forward = forward
+        self._progress = Progress(shared.progress)
+        self._comms = _make_comms(spec, geometry, shared)
+        kv = _map_arenas(spec, geometry, shared)
+        rows = [map_rows(region, spec.max_slots, row_tokens(spec)) for region in shared.rows]
+        self._pages = {group: kv[spec.rank].pages(group.degree) for group in self._comms}
+        self._slots = Slots(rows[spec.rank], spec.block_tokens)
+        self._mover = Mover(spec.rank, kv, rows, self._progress, spec.timeout_s, spec.fault)
+
+    def obey(self, message: Step | Move) -> StepDone | MoveDone | None:
+        """Carry a message out and count it as completed; a step is reported by its leader only."""
+        done = self._step(message) if isinstance(message, Step) else self._mover.move(message)
+        self._progress.advance(self._spec.rank)
+        return done
+
+    def warm_up(self, timeout_s: float) -> None:
+        """A prefill and a decode step in each group of this rank, in the order of the spec.
+
+        Waits up to `timeout_s` for ranks that still load.
+        """
+        for comm in self._comms.values():
+            comm.timeout_s = timeout_s
+        for group in self._comms:
+            for step in _warm_up_steps(group, self._spec):
+                self._step(step)
+        for comm in self._comms.values():
+            comm.timeout_s = self._spec.timeout_s
+
+    @torch.inference_mode()
+    def _step(self, step: Step) -> StepDone | None:
+        started_s = time.monotonic()
+        comm = self._comms[step.group]
+        self._take_in(step, comm.member)
+        logits = self._forward(self._slots.step_input(step.work), comm, self._pages[step.group])
+        drawn = self._sample(step, comm, logits)
+        if drawn is None:
+            return None
+        seconds = time.monotonic() - started_s
+        return StepDone(
+            step.step_id, self._spec.rank, drawn.tokens, seconds, drawn.logprobs, drawn.logits
+        )
+
+    def _take_in(self, step: Step, member: int) -> None:
+        for join in step.joins:
+            self._slots.join(join)
+        for pages in step.pages:
+            self._slots.set_pages(pages, member)
+
+    def _sample(self, step: Step, comm: GroupComm, logits: torch.Tensor) -> Drawn | None:
+        """The leader draws; every rank writes the tokens into its rows. None but on the leader."""
+        num_samples = logits.shape[0]
+        drawn = sample(logits, self._slots.draws(step.work)) if comm.is_leader else None
+        if num_samples:
+            tokens = comm.broadcast(None if drawn is None else drawn.tokens, num_samples)
+            self._slots.record(step.work, tokens)
+        return drawn
+
+
+def _make_comms(spec: WorkerSpec, geometry: Geometry, shared: Shared) -> dict[Group, GroupComm]:
+    """The groups this rank is in, in the order of the spec."""
+    wrong_vocab = spec.fault == "wrong-vocab"
+    return {
+        group: GroupComm(
+            group,
+            spec.rank,
+            group_shared,
+            comm_layout(spec, geometry, group),
+            spec.timeout_s,
+            reverse_vocab=wrong_vocab,
+        )
+        for group, group_shared in zip(spec.groups, shared.groups, strict=True)
+        if spec.rank in group.ranks
+    }
+
+
+def _map_arenas(spec: WorkerSpec, geometry: Geometry, shared: Shared) -> list[arenas.Arena]:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return [
+        arenas.Arena(region, geometry, spec.num_units, spec.block_tokens, dtype)
+        for region in shared.arenas
+    ]
+
+
+def _warm_up_steps(group: Group, spec: WorkerSpec) -> tuple[Step, Step]:
+    """Work for slot 0 and page 0, which nobody uses yet."""
+    num_tokens = min(WARM_UP_TOKENS, spec.block_tokens, spec.max_model_len, spec.max_batch_tokens)
+    join = Join(0, [0] * num_tokens, num_tokens, num_tokens, SamplingParams())
+    pages = Pages(0, 0, [[0]] * group.degree)
+    prefill = Step(0, 0, group, [join], [pages], [Work(0, 0, num_tokens, True)])
+    decode = Step(0, 0, group, [], [], [Work(0, num_tokens - 1, 1, True)])
+    return prefill, decode
