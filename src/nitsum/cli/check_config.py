@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nitsum.cli.build import build_engine_config, build_plans, build_tiers
-from nitsum.cli.checkpoint import DEMO_NAME, checkpoint_folder
+from nitsum.cli.checkpoint import (
+    DEMO_NAME,
+    checkpoint_folder,
+    converted_folder,
+    demo_folder,
+    is_complete,
+)
 from nitsum.cli.drawing import draw_plan_set
 from nitsum.cli.settings import ServeSettings
 from nitsum.cli.sources import add_flags, resolve
@@ -67,7 +73,9 @@ def _check_model(settings: ServeSettings) -> None:
 def _must_be_made(model: str) -> bool:
     """Whether `serve` will fetch or convert first, so that nothing can be said before."""
     path = Path(model).expanduser()
-    return (model == DEMO_NAME and not path.is_dir()) or (path.suffix == ".gguf" and path.is_file())
+    if path.suffix == ".gguf":
+        return path.is_file() and not is_complete(converted_folder(path))
+    return model == DEMO_NAME and not path.is_dir() and not is_complete(demo_folder())
 
 
 def _check_together(settings: ServeSettings) -> None:

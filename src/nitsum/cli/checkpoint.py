@@ -62,7 +62,7 @@ def _no_such_model(model: str) -> str:
 
 def fetch_demo() -> Path:
     """The demo model's folder; downloads and converts it if it is not there yet."""
-    folder = cache_folder() / DEMO_FOLDER
+    folder = demo_folder()
     if is_complete(folder):
         return folder
     with _work_folder() as work:
@@ -72,11 +72,21 @@ def fetch_demo() -> Path:
     return folder
 
 
-def converted(gguf: Path) -> Path:
-    """The folder a GGUF file was, or now is, converted into."""
+def demo_folder() -> Path:
+    """Where the demo model is, or will be."""
+    return cache_folder() / DEMO_FOLDER
+
+
+def converted_folder(gguf: Path) -> Path:
+    """Where the checkpoint made from this file (its path, size and date) is, or will be."""
     stat = gguf.resolve().stat()
     identity = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = cache_folder() / f"{gguf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return cache_folder() / f"{gguf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def converted(gguf: Path) -> Path:
+    """The folder a GGUF file was, or now is, converted into."""
+    folder = converted_folder(gguf)
     if not is_complete(folder):
         with _work_folder() as work:
             _convert(gguf, work, folder)

@@ -26,4 +26,4 @@ def phase(title: str) -> Iterator[None]:
     else:
         note(f"{title} ...")
         yield
-    note(f"{title}: {time.monotonic() - start_s:.1f} s")
+    note(f"{title}: done in {time.monotonic() - start_s:.1f} s")
