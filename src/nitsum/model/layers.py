@@ -14,7 +14,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def silu_mul(gate_up: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """silu(gate) * up: [n, num_chunks * 2 * width] per chunk `[gate, up]` -> [n, chunks * width]."""
+    """silu(gate) * up: per chunk [gate, up]: [n, chunks * 2 * width] -> [n, chunks * width]."""
     n = gate_up.shape[0]
     chunks = gate_up.view(n, num_chunks, 2, -1)
     return (F.silu(chunks[:, :, 0]) * chunks[:, :, 1]).view(n, -1)

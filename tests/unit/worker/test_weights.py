@@ -308,7 +308,7 @@ def test_copies_of_what_is_known_are_ignored(folder: Path) -> None:
 
 
 def test_broken_folders_say_what_to_do(folder: Path, tmp_path_factory) -> None:
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         FolderSource(tmp_path_factory.mktemp("empty"))
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
