@@ -89,17 +89,20 @@ class Sequence:
         "first_scheduled_s",
         "first_token_s",
         "group",
+        "hashes",
         "last_token_s",
         "num_cached",
         "num_computed",
         "num_dispatched",
         "num_displaced",
         "num_prompt",
+        "num_restarts",
         "num_sampling",
         "request",
         "slot",
         "state",
         "tier",
+        "tier_reason",
         "tokens",
     )
 
@@ -108,12 +111,21 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.num_dispatched = 0
+        """Positions whose KV the steps sent so far will have written."""
         self.num_computed = 0
+        """Positions whose KV is confirmed."""
         self.num_sampling = 0
+        """Tokens being drawn by steps in flight."""
         self.num_cached = 0
         self.num_displaced = 0
+        self.num_restarts = 0
+        """How often its KV was given up; results of steps from before then confirm nothing."""
+        self.hashes: list[int] = list(request.prefix_hashes)
+        """Hashes of its leading full blocks, as far as they are known."""
         self.tier = request.tier
         """The tier it is served as; a downgrade changes it."""
+        self.tier_reason: str | None = None
+        """Why that is not the tier it asked for."""
         self.state = SeqState.WAITING
         self.group: Group | None = None
         """The lane that steps it, once routed."""
@@ -151,6 +163,20 @@ class Sequence:
     def has_all_samples(self) -> bool:
         """Nothing is left to dispatch: the answer's last token is drawn or being drawn."""
         return self.num_output + self.num_sampling >= self.request.sampling.max_tokens
+
+    @property
+    def num_known(self) -> int:
+        """Leading tokens that sampling must not overwrite: known ones and forced ones."""
+        return max(len(self.tokens), self.num_prompt + len(self.request.sampling.forced_tokens))
+
+    def forget_kv(self) -> None:
+        """Its KV is gone: everything is to be computed again, from prompt plus tokens so far."""
+        self.num_dispatched = 0
+        self.num_computed = 0
+        self.num_restarts += 1
+        self.slot = None
+        self.group = None
+        self.state = SeqState.WAITING
 
     @property
     def is_finished(self) -> bool:

@@ -98,6 +98,15 @@ class KvCache:
         table = self.tables.pop(request_id)
         self.drop(reversed(table.blocks))  # the end of a prefix is evicted before its start
 
+    def replace_table(self, request_id: str, group: Group, blocks: list[Block]) -> None:
+        """The request continues in another layout; references to `blocks` are handed in."""
+        old = self.tables[request_id]
+        table = Table(group, blocks)
+        while table.num_registered < len(blocks) and blocks[table.num_registered].hash is not None:
+            table.num_registered += 1
+        self.tables[request_id] = table
+        self.drop(reversed(old.blocks))
+
     def slot_pages(self, table: Table, first: int) -> list[list[int]]:
         """Page ids of blocks `first..`, for each rank of the table's group."""
         blocks = table.blocks[first:]

@@ -1,0 +1,1 @@
+"""Which plan, when, and the transaction that gets there. Torch-free."""

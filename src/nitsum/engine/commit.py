@@ -1,0 +1,146 @@
+"""What a step's result changes: tokens become known, positions confirmed, answers complete."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from nitsum.engine.generation import Generation
+from nitsum.engine.lanes import StepInFlight
+from nitsum.engine.outputs import Outbox
+from nitsum.events import Finished, StepEnded
+from nitsum.kv.prefix import hash_block
+from nitsum.messages import StepDone, TokenLogprobs
+from nitsum.request import FinishReason, SeqState, Sequence
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token as it came from a worker."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    logits: bytes | None
+
+
+@dataclass
+class Committer:
+    """Applies results to sequences and says what clients should hear."""
+
+    outbox: Outbox
+    sequences: dict[str, Sequence]
+    early: dict[str, dict[int, Drawn]] = field(
+        default_factory=lambda: defaultdict[str, dict[int, Drawn]](dict)
+    )
+    """Tokens whose predecessor is still on its way from the lane the request just left."""
+
+    def commit(self, generation: Generation, step: StepInFlight, done: StepDone) -> None:
+        """Every chunk of the step: confirm its positions, take its token."""
+        counts: list[tuple[str, int]] = []
+        drawn = iter(_drawn(done))
+        for chunk, restarts in zip(step.chunks, step.restarts, strict=True):
+            sequence = chunk.sequence
+            token = next(drawn) if chunk.samples else None
+            if sequence.is_finished:
+                continue
+            if restarts == sequence.num_restarts:
+                end = chunk.start + chunk.num_tokens
+                sequence.num_computed = max(sequence.num_computed, end)
+            if token is not None:
+                self.early[sequence.request_id][chunk.start + chunk.num_tokens] = token
+                count = self._take_tokens(generation, sequence)
+                counts.append((sequence.request_id, count))
+            self._register(generation, sequence)
+        generation.emit(
+            StepEnded(
+                at_s=generation.now(),
+                step_id=step.step_id,
+                group=step.loop.group,
+                seconds=done.seconds,
+                tokens=counts,
+            )
+        )
+
+    def finish(self, generation: Generation, sequence: Sequence, reason: FinishReason) -> None:
+        """The end of a sequence, for whatever reason; frees what it holds."""
+        sequence.finish_reason = reason
+        group = sequence.group
+        generation.release(sequence)
+        sequence.state = SeqState.FINISHED
+        self.sequences.pop(sequence.request_id, None)
+        self.early.pop(sequence.request_id, None)
+        generation.emit(
+            Finished(
+                at_s=generation.now(),
+                request_id=sequence.request_id,
+                tier=sequence.tier,
+                reason=reason,
+                num_output=sequence.num_output,
+                num_cached=sequence.num_cached,
+                group=group,
+            )
+        )
+
+    def _take_tokens(self, generation: Generation, sequence: Sequence) -> int:
+        """Append tokens in position order, as far as they are here; how many were taken."""
+        early = self.early[sequence.request_id]
+        count = 0
+        while not sequence.is_finished and len(sequence.tokens) in early:
+            drawn = early.pop(len(sequence.tokens))
+            sequence.tokens.append(drawn.token)
+            sequence.num_sampling -= 1
+            count += 1
+            self._deliver(generation, sequence, drawn)
+        return count
+
+    def _deliver(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
+        now = generation.now()
+        sequence.last_token_s = now
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now
+        reason = end_of(sequence)
+        if reason is not None:
+            self._register(generation, sequence)
+            plan = generation.switcher.plan.name
+            sequence.finish_reason = reason
+            self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
+            self.finish(generation, sequence, reason)
+        else:
+            plan = generation.switcher.plan.name
+            self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
+
+    def _register(self, generation: Generation, sequence: Sequence) -> None:
+        """Full blocks whose tokens are known and whose KV is confirmed may be shared."""
+        kv = generation.kv
+        if sequence.is_finished or sequence.request_id not in kv.tables:
+            return
+        size = kv.arena.block_tokens
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // size
+        extend_hashes(sequence, num_full, size)
+        if num_full > kv.tables[sequence.request_id].num_registered:
+            level = generation.level(sequence)
+            kv.register(sequence.request_id, sequence.hashes[:num_full], level)
+
+
+def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> None:
+    """Make sure the hashes of the first `num_blocks` full blocks are known."""
+    hashes = sequence.hashes
+    while len(hashes) < num_blocks:
+        start = len(hashes) * block_tokens
+        previous = hashes[-1] if hashes else 0
+        hashes.append(hash_block(previous, sequence.tokens[start : start + block_tokens]))
+
+
+def end_of(sequence: Sequence) -> FinishReason | None:
+    """Why the sequence ends with its last token, if it does."""
+    sampling = sequence.request.sampling
+    is_stop = sequence.tokens[-1] in sampling.stop_token_ids
+    if is_stop and sequence.num_output >= max(1, sampling.min_tokens):
+        return "stop"
+    return "length" if sequence.num_output >= sampling.max_tokens else None
+
+
+def _drawn(done: StepDone) -> list[Drawn]:
+    logprobs = done.logprobs or [None] * len(done.tokens)
+    logits = done.logits or [None] * len(done.tokens)
+    return [Drawn(*entry) for entry in zip(done.tokens, logprobs, logits, strict=True)]

@@ -1,0 +1,358 @@
+"""The engine: receive, decide, dispatch, collect, commit.
+
+    turn():  collect   replies of the workers: tokens become known, steps end, moves are done
+             switch    the plan change under way goes on, if there is one
+             dispatch  every lane whose ranks can take a step gets the one its scheduler composes
+
+A lane's next step is sent before the last one's tokens are here: drawn tokens stay on the workers
+and feed the next step, and the host learns them one step later.
+
+The core does no input or output of its own. Requests come in through `submit`, `abort` and
+`switch`, replies through the executor, time through the clock; what it has to say, `turn` returns.
+"""
+
+from __future__ import annotations
+
+from nitsum.clock import Clock
+from nitsum.config import EngineConfig
+from nitsum.engine.commit import Committer, extend_hashes
+from nitsum.engine.executor import Executor
+from nitsum.engine.generation import Generation
+from nitsum.engine.lanes import LaneLoop, StepInFlight
+from nitsum.engine.outputs import Outbox
+from nitsum.engine.status import status_of
+from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied, bad_request
+from nitsum.events import (
+    Arrived,
+    Displaced,
+    EventSink,
+    GenerationStarted,
+    Refused,
+    Resumed,
+    Started,
+    StepSent,
+)
+from nitsum.kv.cache import ArenaShape
+from nitsum.kv.check import check
+from nitsum.messages import FromEngine, FromWorker, MoveDone, Output, Status, StepDone, SwitchReport
+from nitsum.request import Request, Sequence
+from nitsum.sched.admission import Admission
+from nitsum.sched.lane import Composed
+from nitsum.step import BatchShape, batch_shape
+from nitsum.tier import TierSet
+
+
+class Core:
+    """Lane loops over one executor."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        arena: ArenaShape,
+        executor: Executor,
+        clock: Clock,
+        sink: EventSink,
+    ) -> None:
+        self.config = config
+        self.arena = arena
+        self.executor = executor
+        self.clock = clock
+        self.sink = sink
+        self.tiers = TierSet(config.tiers)
+        self.admission = Admission(self.tiers)
+        self.outbox = Outbox()
+        self.sequences: dict[str, Sequence] = {}
+        self.committer = Committer(self.outbox, self.sequences)
+        self.generation = self._new_generation(config.plans.initial)
+        self.generation_number = 1
+        self.draining = False
+        self.last_step_s = clock.now()
+
+    # -- receive --
+
+    def submit(self, request: Request) -> None:
+        """Accept a request, or answer it with an error."""
+        try:
+            self._check(request)
+        except ApiError as error:
+            self._refuse(request, error)
+            return
+        sequence = Sequence(request)
+        limit = (len(request.prompt) - 1) // self.arena.block_tokens
+        if self.config.prefix_cache:
+            extend_hashes(sequence, limit, self.arena.block_tokens)
+        if not self.sequences:
+            self.last_step_s = self.clock.now()
+        self.sequences[request.request_id] = sequence
+        self._emit_arrived(request)
+        self.generation.route(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """The client does not want the rest: free everything, say nothing more."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self.committer.finish(self.generation, sequence, "abort")
+
+    def switch(self, op_id: str, plan: str) -> None:
+        """Go to a plan; the report comes out of `turn` when the switch has ended."""
+        switcher = self.generation.switcher
+        try:
+            report = switcher.start(op_id, self.config.plans[plan])
+        except (SwitchRefused, ConfigError) as error:
+            current = switcher.plan.name
+            report = SwitchReport(op_id, current, plan, ok=False, message=str(error))
+        if report is not None:
+            self.outbox.put(report)
+
+    def drain(self) -> None:
+        """Accept no more; finish what is here."""
+        self.draining = True
+
+    def status(self, op_id: str) -> Status:
+        idle = not self.sequences
+        return status_of(
+            op_id,
+            self.generation,
+            self.config.plans,
+            number=self.generation_number,
+            seconds_since_step=0.0 if idle else self.clock.now() - self.last_step_s,
+            draining=self.draining,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences) or self.generation.switcher.current is not None
+
+    # -- the loop --
+
+    def turn(self) -> list[FromEngine]:
+        """One turn; never waits. Returns what clients should hear."""
+        try:
+            self._collect(self.executor.poll(0.0))
+            self._switch()
+            self._dispatch()
+        except WorkerDied as death:
+            self._restart(death)
+        if self.config.check_accounting:
+            check(self.generation.kv)
+        return self.outbox.take()
+
+    def _collect(self, replies: list[FromWorker]) -> None:
+        for reply in replies:
+            if isinstance(reply, StepDone):
+                self._end_step(reply)
+            elif isinstance(reply, MoveDone):
+                self.generation.switcher.acknowledge(reply.move_id, reply.bytes)
+
+    def _end_step(self, done: StepDone) -> None:
+        step = self.generation.in_flight.pop(done.step_id)
+        step.loop.num_in_flight -= 1
+        self.generation.rank_load.add(step.loop, -1)
+        self.last_step_s = self.clock.now()
+        self.committer.commit(self.generation, step, done)
+
+    def _switch(self) -> None:
+        report = self.generation.switcher.advance()
+        if report is not None:
+            self.outbox.put(report)
+
+    def _dispatch(self) -> None:
+        """Lanes that share ranks take turns: the one served longest ago goes first."""
+        generation = self.generation
+        generation.rank_load.held.clear()
+        for loop in sorted(generation.loops.values(), key=lambda loop: loop.last_sent):
+            if loop.scheduler.has_work and generation.rank_load.free_for(loop):
+                self._step(loop)
+
+    def _step(self, loop: LaneLoop) -> None:
+        composed = loop.scheduler.compose(self.generation.dispatcher.num_free_slots)
+        step_id = next(self.generation.step_ids)
+        self._note_changes(composed, step_id)
+        if composed.chunks:
+            self._send(loop, composed, step_id)
+        for sequence in composed.gave_up_kv:
+            self.generation.requeue(sequence)
+
+    def _send(self, loop: LaneLoop, composed: Composed, step_id: int) -> None:
+        generation, chunks = self.generation, tuple(composed.chunks)
+        now = self.clock.now()
+        generation.dispatcher.send_step(loop.lane, step_id, generation.switcher.epoch, chunks)
+        restarts = tuple(chunk.sequence.num_restarts for chunk in chunks)
+        generation.in_flight[step_id] = StepInFlight(loop, step_id, chunks, restarts, now)
+        generation.rank_load.add(loop, 1)
+        loop.num_in_flight += 1
+        loop.last_sent = step_id
+        self._emit_sent(loop, step_id, batch_shape(chunks))
+        for chunk in chunks:
+            self._advance(chunk.sequence, chunk.num_tokens, chunk.samples, loop, step_id)
+
+    def _advance(
+        self, sequence: Sequence, num_tokens: int, samples: bool, loop: LaneLoop, step_id: int
+    ) -> None:
+        sequence.num_dispatched += num_tokens
+        sequence.num_sampling += samples
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = self.clock.now()
+            self.sink.emit(
+                Started(
+                    at_s=self.clock.now(),
+                    request_id=sequence.request_id,
+                    group=loop.group,
+                    step_id=step_id,
+                    num_cached=sequence.num_cached,
+                )
+            )
+
+    # -- failures --
+
+    def _restart(self, death: WorkerDied) -> None:
+        """A worker is gone: start all of them anew, replay every request from what is known."""
+        started_s = self.clock.now()
+        old = self.generation
+        report = old.switcher.abandon(f"{death} The new plan is in force after a restart.")
+        if report is not None:
+            self.outbox.put(report)
+        self.executor.close()
+        self.executor.start()
+        self.generation = self._new_generation(old.switcher.plan.name)
+        self.generation_number += 1
+        for sequence in self.sequences.values():
+            sequence.forget_kv()
+            sequence.num_sampling = 0
+            self.generation.route(sequence)
+        self.committer.early.clear()
+        self.last_step_s = self.clock.now()
+        self.sink.emit(
+            GenerationStarted(
+                at_s=self.last_step_s,
+                generation=self.generation_number,
+                num_replayed=len(self.sequences),
+                restart_s=self.last_step_s - started_s,
+            )
+        )
+
+    def _new_generation(self, plan: str) -> Generation:
+        return Generation(
+            self.config,
+            self.arena,
+            self.executor,
+            self.clock,
+            self.sink,
+            self.tiers,
+            self.config.plans[plan],
+        )
+
+    # -- checks and events --
+
+    def _check(self, request: Request) -> None:
+        if self.draining:
+            raise ApiError(
+                "The server is shutting down and takes no new requests.",
+                status=503,
+                type="server_error",
+                code="server_is_overloaded",
+                retry_after_s=30.0,
+            )
+        if request.request_id in self.sequences:
+            raise bad_request(f"Request id {request.request_id!r} is in use.", "request_id")
+        self._check_length(request)
+        waiting = [
+            sequence
+            for loop in self.generation.loops.values()
+            for sequence in loop.scheduler.waiting
+        ]
+        self.admission.check(request, waiting)
+
+    def _check_length(self, request: Request) -> None:
+        longest = max_request_tokens(self.config, self.arena)
+        num_tokens = len(request.prompt) + request.sampling.max_tokens
+        if not request.prompt:
+            raise bad_request("The prompt is empty.", "prompt")
+        if num_tokens > longest:
+            raise bad_request(
+                f"Prompt ({len(request.prompt)} tokens) and answer (up to "
+                f"{request.sampling.max_tokens}) exceed the {longest} tokens a request may have. "
+                "Shorten the prompt or lower max_tokens.",
+                "prompt",
+                "context_length_exceeded",
+            )
+
+    def _refuse(self, request: Request, error: ApiError) -> None:
+        self._emit_arrived(request)
+        code = error.code or "invalid_request"
+        self.sink.emit(
+            Refused(
+                at_s=self.clock.now(),
+                request_id=request.request_id,
+                tier=request.tier,
+                code=code,
+            )
+        )
+        self.outbox.put(
+            Output(
+                request_id=request.request_id,
+                finish_reason="error",
+                error=error.message,
+                error_status=error.status,
+                error_code=error.code,
+                tier=request.tier,
+            )
+        )
+
+    def _emit_arrived(self, request: Request) -> None:
+        tier = self.tiers[request.tier]
+        self.sink.emit(
+            Arrived(
+                at_s=self.clock.now(),
+                request_id=request.request_id,
+                tier_asked=request.tier_asked,
+                tier=request.tier,
+                tenant=request.tenant,
+                num_prompt=len(request.prompt),
+                max_tokens=request.sampling.max_tokens,
+                arrival_s=request.arrival_s,
+                ttft_target_s=request.ttft_target_s or tier.ttft_s,
+                tpot_target_s=request.tpot_target_s or tier.tpot_s,
+                deadline_s=tier.deadline_s,
+                chain_id=request.chain_id,
+            )
+        )
+
+    def _emit_sent(self, loop: LaneLoop, step_id: int, shape: BatchShape) -> None:
+        self.sink.emit(
+            StepSent(
+                at_s=self.clock.now(),
+                step_id=step_id,
+                group=loop.group,
+                num_decode=shape.num_decode,
+                prefill_tokens=shape.prefill_tokens,
+                context_tokens=shape.decode_context_tokens + shape.prefill_context_tokens,
+            )
+        )
+
+    def _note_changes(self, composed: Composed, step_id: int) -> None:
+        now = self.clock.now()
+        for victim, favoured in composed.displaced:
+            self.sink.emit(
+                Displaced(
+                    at_s=now,
+                    request_id=victim.request_id,
+                    tier=victim.tier,
+                    by_request_id=favoured.request_id,
+                    by_tier=favoured.tier,
+                    step_id=step_id,
+                )
+            )
+        for sequence in composed.resumed:
+            self.sink.emit(
+                Resumed(at_s=now, request_id=sequence.request_id, step_id=step_id, num_recomputed=0)
+            )
+
+
+def max_request_tokens(config: EngineConfig, arena: ArenaShape) -> int:
+    """Prompt plus answer that fit the context, and an otherwise empty lane of any plan."""
+    capacity = min(
+        arena.num_units // arena.page_units(group) * arena.block_tokens
+        for group in config.plans.groups
+    )
+    return min(capacity, config.max_model_len) if config.max_model_len else capacity

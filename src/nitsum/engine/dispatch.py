@@ -1,0 +1,129 @@
+"""From a decided step to messages: slots, joins, page differences, relocations."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from nitsum.engine.executor import Executor
+from nitsum.kv.cache import KvCache
+from nitsum.messages import Join, Move, Pages, Pull, RowPull, Step, Work
+from nitsum.plan import Lane
+from nitsum.request import Sequence
+from nitsum.step import Chunk
+
+
+class Dispatcher:
+    """Keeps what the workers know about slots, and sends them only what changed."""
+
+    def __init__(self, executor: Executor, kv: KvCache, max_slots: int) -> None:
+        self.executor = executor
+        self.kv = kv
+        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._unjoined: set[int] = set()
+        """Slots whose row a `Move` brought; their first step says how to sample."""
+        self._settled: dict[int, int] = {}
+        self._move_ids = count(1)
+
+    # -- slots --
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def take_slot(self) -> int | None:
+        return self._free_slots.pop() if self._free_slots else None
+
+    def free_slot(self, slot: int) -> None:
+        self._unjoined.discard(slot)
+        self._free_slots.append(slot)
+
+    def expect_join(self, slot: int) -> None:
+        """The slot's row arrives by a `Move`."""
+        self._unjoined.add(slot)
+
+    # -- steps --
+
+    def send_step(self, lane: Lane, step_id: int, epoch: int, chunks: tuple[Chunk, ...]) -> None:
+        self.flush_relocations()
+        joins = [join for chunk in chunks if (join := self._join(chunk.sequence))]
+        pages = [update for chunk in chunks if (update := self._pages(chunk.sequence))]
+        work = [_work(chunk) for chunk in chunks]
+        step = Step(step_id, epoch, lane.group, joins, pages, work)
+        self.executor.send(lane.ranks, step)
+
+    def _join(self, sequence: Sequence) -> Join | None:
+        if sequence.slot is None:
+            sequence.slot = self.take_slot()
+            assert sequence.slot is not None, "admitted without a free slot"
+            forced = sequence.request.sampling.forced_tokens
+            tokens = sequence.tokens + list(forced[sequence.num_output :])
+            return self._describe(sequence, sequence.slot, tokens)
+        if sequence.slot in self._unjoined:
+            self._unjoined.discard(sequence.slot)
+            return self._describe(sequence, sequence.slot, [])
+        return None
+
+    def _describe(self, sequence: Sequence, slot: int, tokens: list[int]) -> Join:
+        sampling = sequence.request.sampling
+        return Join(slot, tokens, sequence.num_prompt, sequence.num_known, sampling)
+
+    def _pages(self, sequence: Sequence) -> Pages | None:
+        table = self.kv.tables[sequence.request_id]
+        first = table.num_sent
+        if first == len(table.blocks):
+            return None
+        table.num_sent = len(table.blocks)
+        assert sequence.slot is not None
+        return Pages(sequence.slot, first, self.kv.slot_pages(table, first))
+
+    # -- moves --
+
+    def send_move(
+        self,
+        rank: int,
+        pulls: list[Pull],
+        rows: list[RowPull],
+        after: list[tuple[int, int]],
+    ) -> int:
+        self.flush_relocations()
+        move_id = next(self._move_ids)
+        self.executor.send([rank], Move(move_id, pulls, rows, after))
+        return move_id
+
+    def num_sent(self, rank: int) -> int:
+        self.flush_relocations()
+        return self.executor.num_sent(rank)
+
+    def num_settled(self, rank: int) -> int:
+        self.flush_relocations()
+        return self._settled.get(rank, 0)
+
+    def flush_relocations(self) -> None:
+        """Send the copies that made room, one message a rank, before anything relies on them.
+
+        Copies that build on each other (a freed place is taken again) go in separate messages:
+        within one, everything is read before anything is written.
+        """
+        pending: dict[int, Pull] = {}
+        for copy in self.kv.take_relocations():
+            src = range(copy.src_unit, copy.src_unit + copy.count)
+            dst = range(copy.dst_unit, copy.dst_unit + copy.count)
+            pull = pending.setdefault(copy.rank, Pull(copy.rank, [], []))
+            touched = set(pull.src_units) | set(pull.dst_units)
+            if touched.intersection(src) or touched.intersection(dst):
+                self._relocate(pull)
+                pull = pending[copy.rank] = Pull(copy.rank, [], [])
+            pull.src_units.extend(src)
+            pull.dst_units.extend(dst)
+        for pull in pending.values():
+            self._relocate(pull)
+
+    def _relocate(self, pull: Pull) -> None:
+        rank = pull.src_rank
+        self.executor.send([rank], Move(next(self._move_ids), [pull]))
+        self._settled[rank] = self.executor.num_sent(rank)
+
+
+def _work(chunk: Chunk) -> Work:
+    assert chunk.sequence.slot is not None
+    return Work(chunk.sequence.slot, chunk.start, chunk.num_tokens, chunk.samples)

@@ -1,0 +1,48 @@
+"""What the engine has to say since the last turn, one message a request."""
+
+from __future__ import annotations
+
+from nitsum.messages import FromEngine, Output, TokenLogprobs
+from nitsum.request import Sequence
+
+
+class Outbox:
+    """Collects outputs; tokens of one request that arrive together travel together."""
+
+    def __init__(self) -> None:
+        self._messages: list[FromEngine] = []
+
+    def put(self, message: FromEngine) -> None:
+        self._messages.append(message)
+
+    def put_tokens(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        plan: str,
+        logprobs: TokenLogprobs | None = None,
+        logits: bytes | None = None,
+    ) -> None:
+        """New tokens of a sequence, with its end if it has one."""
+        request = sequence.request
+        started_s = sequence.first_scheduled_s
+        self.put(
+            Output(
+                request_id=sequence.request_id,
+                tokens=tokens,
+                finish_reason=sequence.finish_reason,
+                logprobs=[] if logprobs is None else [logprobs],
+                logits=[] if logits is None else [logits],
+                tier=sequence.tier,
+                reason=sequence.tier_reason,
+                plan=plan,
+                lane="" if sequence.group is None else str(sequence.group),
+                num_cached=sequence.num_cached,
+                queue_s=0.0 if started_s is None else max(0.0, started_s - request.arrival_s),
+                num_displaced=sequence.num_displaced,
+            )
+        )
+
+    def take(self) -> list[FromEngine]:
+        messages, self._messages = self._messages, []
+        return messages

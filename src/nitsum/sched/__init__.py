@@ -1,0 +1,1 @@
+"""Which requests run where and in what order. Torch-free."""

@@ -1,0 +1,13 @@
+"""How much one lane may take on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LaneLimits:
+    max_num_seqs: int
+    """Sequences stepped at once."""
+    max_batch_tokens: int
+    """Tokens of one step."""

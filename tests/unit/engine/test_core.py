@@ -1,0 +1,98 @@
+"""The engine on a fake machine: whole lives of requests and switches."""
+
+import pytest
+
+from nitsum.events import Displaced, SwitchEnded
+from tests.unit.engine.machine import Machine
+
+PLANS = ["4xTP1", "2xTP2", "TP4", "TP2+2xTP1", "TP2/2xTP1+TP2"]
+
+
+def test_requests_are_answered():
+    machine = Machine()
+    for i in range(10):
+        machine.submit([i, 1, 2, 3, 4, 5, 6, 7, 8][: 3 + i % 6], max_tokens=1 + i)
+    machine.drain()
+
+
+def test_a_prefix_is_computed_once():
+    machine = Machine(plans=None)
+    prompt = list(range(13))
+    machine.submit(prompt, max_tokens=3)
+    machine.run()
+    second = machine.submit(prompt, max_tokens=3)
+    sequence = machine.core.sequences[second]
+    machine.drain()
+    assert sequence.num_cached == 12
+
+
+@pytest.mark.parametrize("src", PLANS)
+@pytest.mark.parametrize("dst", PLANS)
+def test_streams_survive_a_switch(src: str, dst: str):
+    machine = Machine(seed=3)
+    machine.switch(src)
+    machine.run()
+    for i in range(8):
+        machine.submit([i] * (1 + 3 * i), max_tokens=12)
+    for _ in range(12):
+        machine.turn()
+    machine.switch(dst)
+    machine.drain()
+    assert all(report.ok for report in machine.reports)
+    assert machine.core.status("x").plan == dst
+
+
+def test_a_switch_works_in_a_nearly_full_arena():
+    """95% of the units are in requests' hands; the switch must find its way in waves."""
+    machine = Machine(seed=5, num_blocks=20, max_num_seqs=8, max_batch_tokens=64)
+    for i in range(16):
+        machine.submit([i] * 13, max_tokens=6)
+    while machine.core.generation.kv.used_share(0) < 0.8:
+        machine.turn()
+    for plan in ("TP4", "4xTP1", "2xTP2", "4xTP1"):
+        machine.switch(plan)
+        while machine.core.generation.switcher.current is not None:
+            machine.turn()
+    machine.drain()
+    ends = [event for event in machine.log.events if isinstance(event, SwitchEnded)]
+    assert all(end.ok for end in ends)
+
+
+def test_urgent_work_displaces_and_displaced_work_completes():
+    machine = Machine(num_ranks=1, units_per_block=1, num_blocks=64)
+    for i in range(4):
+        machine.submit([i] * 5, max_tokens=20, tier="flex")
+    for _ in range(10):
+        machine.turn()
+    urgent = machine.submit([9] * 5, max_tokens=2, tier="priority")
+    step_before = max(machine.core.generation.in_flight, default=0)
+    machine.drain()
+    displaced = [event for event in machine.log.events if isinstance(event, Displaced)]
+    assert [event.by_request_id for event in displaced] == [urgent]
+    assert step_before < displaced[0].step_id
+
+
+def test_a_dead_worker_costs_no_token():
+    machine = Machine(seed=1)
+    for i in range(6):
+        machine.submit([i] * 9, max_tokens=10)
+    for _ in range(15):
+        machine.turn()
+    machine.executor.dying = True
+    machine.drain()
+    assert machine.core.generation_number == 2
+
+
+def test_too_long_is_refused():
+    machine = Machine(num_blocks=4)
+    too_long = machine.submit([1] * 100)
+    machine.drain()
+    assert machine.errors[too_long].error_code == "context_length_exceeded"
+
+
+def test_switch_to_an_unknown_plan_is_refused():
+    machine = Machine()
+    machine.switch("TP16")
+    machine.turn()
+    assert not machine.reports[0].ok
+    assert "4xTP1" in machine.reports[0].message

@@ -1,0 +1,92 @@
+"""Whatever happens in whatever order: every unit accounted for, no token lost, repeated or wrong.
+
+The fake machine checks every position a step reads and every answer has one right value, so these
+properties need no further oracle. `check()` runs after every turn.
+"""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nitsum.plan import PlanSet, parse_plan
+from tests.unit.engine.machine import Machine
+
+TIERS = ("priority", "default", "flex", "batch")
+
+prompts = st.builds(
+    lambda shared, own: [7] * shared + own,
+    st.integers(0, 20),
+    st.lists(st.integers(0, 3), min_size=1, max_size=20),
+)
+actions = st.one_of(
+    st.tuples(st.just("submit"), prompts, st.integers(1, 12), st.sampled_from(TIERS)),
+    st.tuples(st.just("turn"), st.integers(1, 12)),
+    st.tuples(st.just("switch"), st.integers(0, 9)),
+    st.tuples(st.just("abort"), st.integers(0, 30)),
+    st.tuples(st.just("cancel")),
+    st.tuples(st.just("die")),
+)
+
+
+def act(machine: Machine, action: tuple) -> None:
+    match action:
+        case ("submit", prompt, max_tokens, tier):
+            machine.submit(prompt, max_tokens, tier, stop_token_ids=(3, 11))
+        case ("turn", num_turns):
+            for _ in range(num_turns):
+                machine.turn()
+        case ("switch", index):
+            names = [plan.name for plan in machine.plans.plans]
+            machine.switch(names[index % len(names)])
+        case ("abort", index):
+            running = [r for r in machine.requests if r not in machine.ended]
+            if running:
+                machine.abort(running[index % len(running)])
+        case ("cancel",):
+            machine.core.generation.switcher.cancel_wave("the test says so")
+        case ("die",):
+            machine.executor.dying = True
+
+
+def run(machine: Machine, script: list[tuple]) -> None:
+    for action in script:
+        act(machine, action)
+    machine.drain()
+    assert all(
+        report.ok or "under way" in report.message or "killed" in report.message
+        for report in machine.reports
+    )
+
+
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@relaxed
+@given(
+    script=st.lists(actions, max_size=30),
+    seed=st.integers(0, 2**16),
+    units_per_block=st.sampled_from([1, 2, 4]),
+    num_blocks=st.integers(9, 24),
+)
+def test_four_ranks(script, seed, units_per_block, num_blocks):
+    """Units per block below the degree means replicated heads."""
+    run(Machine(4, seed=seed, units_per_block=units_per_block, num_blocks=num_blocks), script)
+
+
+@settings(parent=relaxed, max_examples=60)
+@given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
+def test_eight_ranks(script, seed):
+    run(Machine(8, seed=seed, units_per_block=8, num_blocks=10), script)
+
+
+@settings(parent=relaxed, max_examples=60)
+@given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
+def test_without_prefix_cache(script, seed):
+    run(Machine(2, seed=seed, units_per_block=2, num_blocks=10, prefix_cache=False), script)
+
+
+@settings(parent=relaxed, max_examples=60)
+@given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
+def test_plans_without_narrow_lanes(script, seed):
+    """min_tp above 1: the largest page is a part of the block."""
+    plans = tuple(parse_plan(name, 4) for name in ("2xTP2", "TP4", "TP4/2xTP2"))
+    run(Machine(4, seed=seed, plans=PlanSet(4, plans, "2xTP2"), min_tp=2), script)
