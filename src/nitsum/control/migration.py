@@ -73,13 +73,12 @@ class Phase(Enum):
 class SequenceMove:
     """One request of a wave."""
 
-    __slots__ = ("dst", "dst_slot", "num_precopied", "sequence", "src_slot", "transfer")
+    __slots__ = ("dst", "dst_slot", "num_precopied", "sequence", "transfer")
 
     def __init__(self, sequence: Sequence, dst: Group, dst_slot: int, transfer: Transfer) -> None:
         self.sequence = sequence
         self.dst = dst
         self.dst_slot = dst_slot
-        self.src_slot = sequence.slot
         self.transfer = transfer
         self.num_precopied = 0
         """Leading blocks that are final and on their way."""
@@ -246,13 +245,13 @@ class Wave:
         tails: dict[int, list[UnitCopy]] = defaultdict(list)
         rows: dict[int, list[RowPull]] = defaultdict(list)
         after: dict[int, set[int]] = defaultdict(set)
-        ready = [move for move in self.moves.values() if self._complete(move)]
+        ready = [move for move in list(self.moves.values()) if self._complete(move)]
         for move in ready:
             self.lanes.leave_lane(move.sequence)
             for copy in move.transfer.unit_copies(move.num_precopied):
                 tails[copy[2]].append(copy)
             for rank in move.dst.ranks:
-                rows[rank].append(_row_pull(move, rank))
+                rows[rank].extend(_row_pull(move, rank))
                 after[rank].update(move.transfer.src.ranks)
         for rank in sorted(rows):
             waits = [(src, self.lanes.num_sent(src)) for src in sorted(after[rank])]
@@ -279,10 +278,12 @@ class Wave:
         sequence, kv = move.sequence, self.lanes.kv
         self._count_in_place(move.transfer)
         kv.replace_table(sequence.request_id, move.dst, move.transfer.hand_over())
-        assert move.src_slot is not None
-        self._leaving_slots.append(move.src_slot)
         self._leaving.append(move.transfer)
-        sequence.slot = move.dst_slot
+        if sequence.slot is None:  # admitted, but no step has contained it yet: no row to move
+            self.lanes.free_slot(move.dst_slot)
+        else:
+            self._leaving_slots.append(sequence.slot)
+            sequence.slot = move.dst_slot
         sequence.group = move.dst
         self.lanes.enter_lane(sequence, move.dst)
         self.totals.moved.append(sequence.request_id)
@@ -309,9 +310,10 @@ class Wave:
         self._leaving_slots.clear()
 
 
-def _row_pull(move: SequenceMove, rank: int) -> RowPull:
-    src_ranks = move.transfer.src.ranks
+def _row_pull(move: SequenceMove, rank: int) -> list[RowPull]:
+    sequence, src_ranks = move.sequence, move.transfer.src.ranks
+    if sequence.slot is None:
+        return []
     src_rank = rank if rank in src_ranks else src_ranks[rank % len(src_ranks)]
-    assert move.src_slot is not None
-    num_tokens = max(move.sequence.num_total, move.sequence.num_known)
-    return RowPull(src_rank, move.src_slot, move.dst_slot, num_tokens)
+    num_tokens = max(sequence.num_total, sequence.num_known)
+    return [RowPull(src_rank, sequence.slot, move.dst_slot, num_tokens)]

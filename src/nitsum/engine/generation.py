@@ -131,8 +131,8 @@ class Generation:
         self.loops[sequence.group].scheduler.leave(sequence)
 
     def enter_lane(self, sequence: Sequence, group: Group) -> None:
-        assert sequence.slot is not None
-        self.dispatcher.expect_join(sequence.slot)
+        if sequence.slot is not None:
+            self.dispatcher.expect_join(sequence.slot)
         self.loops[group].scheduler.enter(sequence)
 
     def open_lane(self, lane: Lane) -> None:

@@ -36,6 +36,8 @@ def compact(cache: KvCache, rank: int, order: int) -> tuple[int, list[Relocation
     emptied: list[int] = []
     relocations: list[Relocation] = []
     for start, pages in _regions(cache, rank, order)[:_REGIONS_AT_ONCE]:
+        if not _can_empty(pool, start, order, pages):
+            continue  # pages of a region before it moved in
         copies = _empty(cache, rank, start, order, pages)
         if copies is None:
             break

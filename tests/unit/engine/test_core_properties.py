@@ -38,7 +38,7 @@ def act(machine: Machine, action: tuple) -> None:
             names = [plan.name for plan in machine.plans.plans]
             machine.switch(names[index % len(names)])
         case ("abort", index):
-            running = [r for r in machine.requests if r not in machine.ended]
+            running = list(machine.core.sequences)
             if running:
                 machine.abort(running[index % len(running)])
         case ("cancel",):

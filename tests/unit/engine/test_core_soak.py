@@ -1,0 +1,69 @@
+"""Long random lives in a small, full arena: fragmentation, compaction, sharing, switch after switch."""
+
+import random
+
+import pytest
+
+from nitsum.messages import Move
+from tests.unit.engine.machine import Machine
+
+TIERS = ("priority", "default", "flex", "batch")
+
+
+def count_relocations(machine: Machine) -> list[int]:
+    """Counts moves inside one rank that no switch asked for, as they are sent."""
+    counts = [0]
+    send = machine.executor.send
+
+    def counting(ranks, message):
+        if isinstance(message, Move) and not message.rows:
+            counts[0] += [pull.src_rank for pull in message.pulls] == list(ranks)
+        send(ranks, message)
+
+    machine.executor.send = counting  # type: ignore[method-assign]
+    return counts
+
+
+def soak(machine: Machine, seed: int, num_turns: int, num_live: int) -> list[float]:
+    """Keep `num_live` requests alive, switch and abort now and then; the arena's use over time."""
+    rng = random.Random(seed)
+    names = [plan.name for plan in machine.plans.plans]
+    longest = machine.arena.num_units // machine.arena.units_per_block * 4 // 3
+    used: list[float] = []
+    for _ in range(num_turns):
+        live = list(machine.core.sequences)
+        if len(live) < num_live:
+            shared = [7] * rng.choice([0, 0, 4, 8, 16])
+            prompt = shared + [rng.randrange(4) for _ in range(rng.randint(1, longest))]
+            tier = rng.choice(TIERS)
+            machine.submit(prompt, rng.randint(1, 24), tier, stop_token_ids=(3,))
+        if rng.random() < 0.02 and live:
+            machine.abort(rng.choice(live))
+        if rng.random() < 0.05:
+            machine.switch(rng.choice(names))
+        if rng.random() < 0.02:
+            machine.core.generation.switcher.cancel_wave("at random")
+        machine.turn()
+        used.append(machine.core.generation.kv.used_share(0))
+    return used
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_soak(seed: int):
+    num_ranks = random.Random(seed).choice([2, 4, 4, 8])
+    units = num_ranks // random.Random(seed + 1).choice([1, 1, 2])
+    machine = Machine(num_ranks, seed=seed, num_blocks=24, units_per_block=units)
+    soak(machine, seed, num_turns=400, num_live=4 * num_ranks)
+    machine.drain()
+
+
+def test_soak_reaches_what_it_is_for():
+    """The arena is really full, and room is really made by moving pages."""
+    machine = Machine(4, seed=1, num_blocks=24)
+    relocations = count_relocations(machine)
+    used = soak(machine, 1, num_turns=600, num_live=16)
+    machine.drain()
+    assert sorted(used)[len(used) // 2] > 0.6
+    assert max(used) > 0.95
+    assert relocations[0] > 10
+    assert sum(report.ok for report in machine.reports) > 5
