@@ -105,6 +105,11 @@ class ProcessExecutor:
             self._die(f"rank {stuck} completed nothing for {self._config.timeout_s:g} s.")
         return replies
 
+    @property
+    def reply_socket(self) -> zmq.Socket[bytes]:
+        """Readable when a reply is here; a new generation has a new one."""
+        return self._running().replies
+
     def close(self) -> None:
         if self._workers is not None:
             self._workers.close()
@@ -133,9 +138,9 @@ class _Workers:
         self._folder = Path(tempfile.mkdtemp(prefix="nitsum-"))
         self._context = zmq.Context[zmq.Socket[bytes]]()
         try:
-            self._replies = self._context.socket(zmq.PULL)
-            self._replies.rcvhwm = 0
-            self._replies.bind(f"ipc://{self._folder}/engine")
+            self.replies = self._context.socket(zmq.PULL)
+            self.replies.rcvhwm = 0
+            self.replies.bind(f"ipc://{self._folder}/engine")
             self._generation: Generation = launch(config, shape, self._folder)
         except BaseException:
             self._close_sockets()
@@ -147,7 +152,7 @@ class _Workers:
         self._seen = [0] * num_ranks
         self._seen_s = [time.monotonic()] * num_ranks
         self._poller = zmq.Poller()
-        self._poller.register(self._replies, zmq.POLLIN)
+        self._poller.register(self.replies, zmq.POLLIN)
         for process in self._generation.processes:
             self._poller.register(process.sentinel, zmq.POLLIN)
 
@@ -170,7 +175,7 @@ class _Workers:
     def receive(self, timeout_s: float) -> tuple[list[FromWorker], bool]:
         """Replies that are here, and whether a process has ended."""
         events = self._poller.poll(math.ceil(timeout_s * 1000))
-        ended = any(source is not self._replies for source, _ in events)
+        ended = any(source is not self.replies for source, _ in events)
         if ended:
             time.sleep(0.05)  # its last words may still be on their way through the socket
         return list(self._take_replies()), ended
@@ -178,7 +183,7 @@ class _Workers:
     def _take_replies(self) -> Iterator[FromWorker]:
         while True:
             try:
-                yield from_worker_decoder.decode(self._replies.recv(zmq.NOBLOCK))
+                yield from_worker_decoder.decode(self.replies.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
 

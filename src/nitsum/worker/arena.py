@@ -66,6 +66,7 @@ class Pages:
     """`KvPages`: [2 (K, V), layers, pages, heads, block_tokens, head_dim] of some degree."""
 
     def __init__(self, kv: torch.Tensor) -> None:
+        self.kv = kv
         self._keys = kv[0].unbind(0)
         self._values = kv[1].unbind(0)
 

@@ -19,7 +19,8 @@ from nitsum.shared import BarrierTimeout, CommLayout, GroupShared
 
 LARGE_ELEMENTS = 1 << 16
 """From this size on, with four members or more, reading every partial costs more than a second
-barrier (measured on 2 cores: 4 x [256, 576] float32)."""
+barrier: 4 ranks on 2 cores, float32, 159 against 240 microseconds at [8, 576], 410 against 406 at
+[128, 576], 1217 against 901 at [512, 576]."""
 
 
 class _Copy(NamedTuple):

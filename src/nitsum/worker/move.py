@@ -93,8 +93,8 @@ def _swapped(pull: Pull) -> Pull:
 
 
 def _shortened(pull: Pull) -> Pull:
-    """The last two units stay what they were."""
-    return Pull(pull.src_rank, pull.src_units[:-2], pull.dst_units[:-2])
+    """What the first two units belong in stays what it was; the last ones may not be in use yet."""
+    return Pull(pull.src_rank, pull.src_units[2:], pull.dst_units[2:])
 
 
 def _without_last(pull: RowPull) -> RowPull:
