@@ -45,6 +45,8 @@ class EngineConfig:
     """Units one pre-copy message may pull, so that steps in between are not held up for long."""
     check_accounting: bool = False
     """Run `check()` after every step (tests, verification)."""
+    events_path: str = ""
+    """Append every event to this file, one JSON object a line; empty writes none."""
     fault: Fault | None = None
 
     def __post_init__(self) -> None:

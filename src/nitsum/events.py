@@ -203,6 +203,22 @@ class EventLog:
         self.events.append(event)
 
 
+class FileSink:
+    """Appends events to a file, one JSON object a line; flushed when the engine is idle."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "ab", buffering=1 << 16)  # noqa: SIM115 - open for the sink's life
+
+    def emit(self, event: AnyEvent) -> None:
+        self._file.write(msgspec.json.encode(event) + b"\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class NullSink:
     def emit(self, event: AnyEvent) -> None:
         pass

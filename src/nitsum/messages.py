@@ -2,6 +2,7 @@
 
     server -> engine   Submit, Abort, SwitchPlan, Drain, GetStatus
     engine -> server   Output, SwitchReport, Status
+    engine -> starter  EngineProgress, EngineReady, EngineFailed
     engine -> worker   Step, Move, Shutdown        one FIFO per rank, obeyed in order
     worker -> engine   Ready, StepDone, MoveDone, Failed
 
@@ -299,8 +300,34 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 FromWorker = Ready | StepDone | MoveDone | Failed
 
+# --- engine process -> whoever started it ------------------------------------------------------
+
+
+class EngineReady(msgspec.Struct, tag=True, frozen=True):
+    """All workers are warm; goes to whoever started the engine process."""
+
+    max_request_tokens: int
+    """Prompt plus answer a request may have."""
+    workers: list[Ready]
+
+
+class EngineProgress(msgspec.Struct, tag=True, frozen=True):
+    """One sentence about the start, for whoever waits for it."""
+
+    sentence: str
+
+
+class EngineFailed(msgspec.Struct, tag=True, frozen=True):
+    """The engine process cannot start, or ends; the message is meant for the user."""
+
+    message: str
+
+
+EngineStart = EngineReady | EngineProgress | EngineFailed
+
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+engine_start_decoder: msgspec.msgpack.Decoder[EngineStart] = msgspec.msgpack.Decoder(EngineStart)
 encode = msgspec.msgpack.Encoder().encode

@@ -127,7 +127,10 @@ class Switcher:
             self._record(switch, switch.wave)
             switch.wave = None
         switch.wave = self._propose(switch)
-        if switch.wave is not None or not self._close_drained(switch):
+        if switch.wave is not None:
+            switch.wave.advance()  # its first messages leave in this turn
+            return None
+        if not self._close_drained(switch):
             return None
         return self._end(switch, ok=True, message="")
 

@@ -13,6 +13,8 @@ The core does no input or output of its own. Requests come in through `submit`, 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
 from nitsum.engine.commit import Committer, extend_hashes
@@ -40,6 +42,10 @@ from nitsum.sched.admission import Admission
 from nitsum.sched.lane import Composed
 from nitsum.step import BatchShape, batch_shape
 from nitsum.tier import TierSet
+
+
+START_ATTEMPTS = 3
+"""Tries to start a new generation of workers before the engine gives up and says so."""
 
 
 class Core:
@@ -157,14 +163,25 @@ class Core:
             self.outbox.put(report)
 
     def _dispatch(self) -> None:
-        """Lanes that share ranks take turns: the one served longest ago goes first."""
+        """Fill every rank's FIFO as far ahead as it may be."""
+        while self._dispatch_round():
+            pass
+
+    def _dispatch_round(self) -> bool:
+        """One step for every lane that can take one; False when there was none.
+
+        Lanes that share ranks take turns: the one served longest ago goes first.
+        """
         generation = self.generation
         generation.rank_load.held.clear()
+        num_sent = 0
         for loop in sorted(generation.loops.values(), key=lambda loop: loop.last_sent):
             if loop.scheduler.has_work and generation.rank_load.free_for(loop):
-                self._step(loop)
+                num_sent += self._step(loop)
+        return num_sent > 0
 
-    def _step(self, loop: LaneLoop) -> None:
+    def _step(self, loop: LaneLoop) -> bool:
+        """Compose and send the lane's next step; False if it has none."""
         composed = loop.scheduler.compose(self.generation.dispatcher.num_free_slots)
         step_id = next(self.generation.step_ids)
         self._note_changes(composed, step_id)
@@ -172,6 +189,7 @@ class Core:
             self._send(loop, composed, step_id)
         for sequence in composed.gave_up_kv:
             self.generation.requeue(sequence)
+        return bool(composed.chunks)
 
     def _send(self, loop: LaneLoop, composed: Composed, step_id: int) -> None:
         generation, chunks = self.generation, tuple(composed.chunks)
@@ -212,8 +230,7 @@ class Core:
         report = old.switcher.abandon(f"{death} The new plan is in force after a restart.")
         if report is not None:
             self.outbox.put(report)
-        self.executor.close()
-        self.executor.start()
+        self._start_workers()
         self.generation = self._new_generation(old.switcher.plan.name)
         self.generation_number += 1
         for sequence in self.sequences.values():
@@ -230,6 +247,15 @@ class Core:
                 restart_s=self.last_step_s - started_s,
             )
         )
+
+    def _start_workers(self) -> None:
+        """Raises `WorkerDied` when they cannot be started again."""
+        for _ in range(START_ATTEMPTS - 1):
+            self.executor.close()
+            with suppress(WorkerDied):
+                self.executor.start()
+                return
+        self.executor.start()
 
     def _new_generation(self, plan: str) -> Generation:
         return Generation(

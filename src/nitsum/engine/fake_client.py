@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from nitsum.engine.client import SwitchListener, gone_output
+from nitsum.engine.client import SwitchListener, engine_gone, gone_output
 from nitsum.messages import LaneStatus, Output, Status, SwitchReport, TokenLogprobs
 from nitsum.plan import Group
 from nitsum.request import FinishReason, Request, SamplingParams
@@ -62,9 +62,10 @@ class FakeEngineClient:
 
     async def close(self) -> None:
         self.num_closed += 1
+        self._dead.set()
 
     def die(self) -> None:
-        """From now on, open and new requests end as they do when the engine's process ends."""
+        """From now on, all requests end as they do when the engine's process ends."""
         self._dead.set()
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
@@ -142,6 +143,8 @@ class FakeEngineClient:
         self._draining = True
 
     async def status(self) -> Status:
+        if self._dead.is_set():
+            raise engine_gone()
         running = len(self._running)
         lane = LaneStatus(Group(1, 0), "mixed", (), running, 0, 0, self._draining)
         return Status(

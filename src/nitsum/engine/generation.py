@@ -25,11 +25,6 @@ from nitsum.sched.router import Router
 from nitsum.tier import TierSet
 
 
-def max_slots(config: EngineConfig) -> int:
-    """Rows a worker keeps: every lane of any plan full, four times over for paused sequences."""
-    return 4 * config.max_num_seqs * config.num_ranks
-
-
 class Generation:
     """Lanes over one set of workers."""
 
@@ -48,7 +43,7 @@ class Generation:
         self.sink = sink
         self.tiers = tiers
         self.kv = KvCache(arena, prefix_caching=config.prefix_cache)
-        self.dispatcher = Dispatcher(executor, self.kv, max_slots(config))
+        self.dispatcher = Dispatcher(executor, self.kv, config.max_slots)
         self.loops: dict[Group, LaneLoop] = {}
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
