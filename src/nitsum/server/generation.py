@@ -1,0 +1,175 @@
+"""A call becomes engine requests; their outputs become one stream of pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import msgspec
+
+from nitsum.engine.client import EngineClient
+from nitsum.errors import ApiError
+from nitsum.messages import Output
+from nitsum.request import Request, SamplingParams
+from nitsum.server.answer import Answer, Piece
+from nitsum.server.caller import Caller, now_s
+from nitsum.server.fields import copy_seed
+from nitsum.server.metrics import Metrics, Watch
+from nitsum.server.shapes import PromptTokensDetails, Usage
+from nitsum.tier import TierSet
+
+
+@dataclass
+class Job:
+    """One call: its answers, and what is known of how they are served."""
+
+    id: str
+    model: str
+    caller: Caller
+    answers: list[Answer]
+    tiers: TierSet
+    num_copies: int = 1
+    """Answers to each prompt; `answers` has those of the first prompt first."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    first_output: Output | None = None
+
+    @property
+    def tier(self) -> str:
+        """The least urgent tier any of its answers is served as."""
+        return max((a.tier for a in self.answers), key=lambda name: self.tiers[name].level)
+
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt with several answers counts once, as cached for the first."""
+        firsts = self.answers[:: self.num_copies]
+        num_prompt = sum(len(answer.request.prompt) for answer in firsts)
+        num_output = sum(answer.num_tokens for answer in self.answers)
+        num_cached = sum(answer.num_cached for answer in firsts)
+        details = PromptTokensDetails(num_cached)
+        return Usage(num_prompt, num_output, num_prompt + num_output, details)
+
+    def headers(self) -> dict[str, str]:
+        """What the engine has said so far, for the response's head."""
+        elapsed_ms = (now_s() - self.caller.arrival_s) * 1000
+        headers = {"openai-processing-ms": str(round(elapsed_ms))}
+        output = self.first_output
+        if output is not None:
+            headers["x-nitsum-queue-ms"] = str(round(output.queue_s * 1000))
+            headers |= {"x-nitsum-plan": output.plan} if output.plan else {}
+            headers |= {"x-nitsum-lane": output.lane} if output.lane else {}
+            headers |= {"x-nitsum-reason": _header_text(output.reason)} if output.reason else {}
+        return headers
+
+
+def _header_text(text: str) -> str:
+    return text.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")
+
+
+def engine_requests(
+    job_id: str,
+    prompts: Sequence[list[int]],
+    sampling: Sequence[SamplingParams],
+    num_copies: int,
+    caller: Caller,
+    order: int,
+) -> list[Request]:
+    """`num_copies` requests for each prompt, in the order of the choices."""
+    return [
+        Request(
+            request_id=f"{job_id}-{prompt_index * num_copies + copy}",
+            prompt=prompt,
+            sampling=msgspec.structs.replace(params, seed=copy_seed(params.seed, copy)),
+            tier=caller.tier,
+            tier_asked=caller.tier,
+            arrival_s=caller.arrival_s,
+            order=order,
+            tenant=caller.tenant,
+            ttft_target_s=caller.ttft_target_s,
+            tpot_target_s=caller.tpot_target_s,
+            chain_id=caller.chain_id,
+            chain_deadline_s=caller.chain_deadline_s,
+        )
+        for prompt_index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
+        for copy in range(num_copies)
+    ]
+
+
+def new_id(kind: str) -> str:
+    """An id like `chatcmpl-...`, unique across servers."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+async def pieces(engine: EngineClient, job: Job, metrics: Metrics) -> AsyncGenerator[Piece, None]:
+    """Pieces of all answers as they come; ends when every answer has ended.
+
+    Raises `ApiError` when one fails. Closing (or cancelling) it aborts what is left.
+    """
+    streams = [_follow(engine, job, answer, metrics) for answer in job.answers]
+    merged = streams[0] if len(streams) == 1 else _merge(streams)
+    async with aclosing(merged):
+        async for piece in merged:
+            yield piece
+
+
+async def _follow(
+    engine: EngineClient, job: Job, answer: Answer, metrics: Metrics
+) -> AsyncGenerator[Piece, None]:
+    with metrics.watch(answer.request) as watch:
+        async with aclosing(engine.generate(answer.request)) as outputs:
+            async for output in outputs:
+                if job.first_output is None:
+                    job.first_output = output
+                piece = _add(answer, output, watch)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        raise ApiError("The engine ended this request without an answer.", status=500)
+
+
+def _add(answer: Answer, output: Output, watch: Watch) -> Piece:
+    before = answer.num_tokens
+    try:
+        piece = answer.add(output)
+    except ApiError as error:
+        watch.failed(error)
+        raise
+    watch.saw(output, answer.num_tokens - before, ended=piece.finish_reason is not None)
+    return piece
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[Piece, None]],
+) -> AsyncGenerator[Piece, None]:
+    """Items of several streams as they come; the first error ends all of them."""
+    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, ready)) for stream in streams]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    stream: AsyncGenerator[Piece, None], ready: asyncio.Queue[Piece | BaseException | None]
+) -> None:
+    try:
+        async with aclosing(stream):
+            async for piece in stream:
+                ready.put_nowait(piece)
+    except Exception as error:
+        ready.put_nowait(error)
+    else:
+        ready.put_nowait(None)

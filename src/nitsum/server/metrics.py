@@ -1,0 +1,310 @@
+"""What `/metrics` shows, from engine outputs and status snapshots. One registry a server.
+
+`vllm:*` metrics have the names and units of vLLM's, so that dashboards, autoscalers and routers
+made for it work; `nitsum:*` are those only this server has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from types import TracebackType
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+from nitsum.errors import ApiError
+from nitsum.messages import Output, Status, SwitchReport
+from nitsum.request import Request
+from nitsum.server.caller import now_s
+from nitsum.tier import Tier, TierSet
+
+# Fine around the targets of interactive tiers (50 ms a token, 200-300 ms to the first).
+_TOKEN_BUCKETS_S = (
+    *(0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075),
+    *(0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0),
+)
+_FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3),
+    *(0.35, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+)
+_REQUEST_BUCKETS_S = (
+    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0),
+)
+_COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+_MAX_REASONS = 32
+_MAX_OPS = 1024
+
+
+class Metrics:
+    """All series of one server."""
+
+    def __init__(self, model_name: str, tiers: TierSet) -> None:
+        self.registry = CollectorRegistry()
+        self.tiers = tiers
+        self.open: set[Watch] = set()
+        """Engine requests that have not ended."""
+        self._admin_ops: deque[str] = deque(maxlen=_MAX_OPS)
+        self._ended_ops: deque[str] = deque(maxlen=_MAX_OPS)
+        self._reasons: set[str] = set()
+        self.vllm = VllmMetrics(self.registry, model_name)
+        self.ours = NitsumMetrics(self.registry)
+
+    def watch(self, request: Request) -> Watch:
+        """Follows one engine request; use it as a context manager."""
+        return Watch(self, request)
+
+    def oldest_open_s(self) -> float:
+        """For how long the oldest open request has been here, seconds; 0 without one."""
+        arrivals = [watch.request.arrival_s for watch in self.open]
+        return now_s() - min(arrivals) if arrivals else 0.0
+
+    def asked_switch(self, op_id: str) -> None:
+        """Remember that this switch was asked for over HTTP, and not by the controller."""
+        self._admin_ops.append(op_id)
+
+    def saw_switch(self, report: SwitchReport) -> None:
+        """Count a switch that ended; once, however often its report is asked for."""
+        if report.op_id in self._ended_ops:
+            return
+        self._ended_ops.append(report.op_id)
+        plans = (report.from_plan, report.to_plan)
+        if not report.ok:
+            self.ours.switches_failed.labels(*plans).inc()
+            return
+        reason = "admin" if report.op_id in self._admin_ops else "controller"
+        self.ours.switches.labels(*plans, reason).inc()
+        self.ours.switch_s.observe(report.duration_s)
+        self.ours.migrated_bytes.inc(sum(wave.bytes_moved for wave in report.waves))
+
+    def saw_status(self, status: Status) -> None:
+        """Set the gauges that a snapshot of the engine tells."""
+        self.vllm.running.set(status.num_running)
+        self.vllm.waiting.set(status.num_waiting)
+        self.vllm.kv_usage.set(max(status.kv_used, default=0.0))
+        for rank, used in enumerate(status.kv_used):
+            self.ours.kv_used.labels(str(rank)).set(used)
+        for plan in status.plans:
+            self.ours.plan_active.labels(plan).set(plan == status.plan)
+
+    def render(self, accept: str, status: Status | None) -> tuple[bytes, str]:
+        """The text for a scraper that accepts `accept`, and its content type.
+
+        Without a status (no engine answers) the engine's gauges keep what was last known.
+        """
+        self.ours.engine_up.set(status is not None)
+        if status is not None:
+            self.saw_status(status)
+        for tier in self.tiers.names():
+            waiting = sum(w.first_s is None and w.request.tier == tier for w in self.open)
+            self.ours.queue_depth.labels(tier).set(waiting)
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self.registry), content_type
+
+    def capped_reason(self, reason: str) -> str:
+        """The reason without its numbers; only so many are told apart."""
+        reason = re.sub(r"\d+(\.\d+)?", "#", reason)
+        if reason not in self._reasons and len(self._reasons) >= _MAX_REASONS:
+            return "other"
+        self._reasons.add(reason)
+        return reason
+
+
+class VllmMetrics:
+    """Series that vLLM has too, with its label."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def counter(name: str, text: str) -> Counter:
+            made = Counter(f"vllm:{name}", text, ["model_name"], registry=registry)
+            return made.labels(model_name)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"vllm:{name}", text, ["model_name"], registry=registry).labels(model_name)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(
+                f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=registry
+            )
+            return made.labels(model_name)
+
+        self.running = gauge("num_requests_running", "Requests that are stepped.")
+        self.waiting = gauge("num_requests_waiting", "Requests in queues.")
+        self.kv_usage = gauge("kv_cache_usage_perc", "KV arena in use on the fullest rank, 0..1.")
+        self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests begun.")
+        self.output_tokens = counter("generation_tokens", "Tokens generated.")
+        self.displaced = counter("num_preemptions", "Times a running request was displaced.")
+        self.ttft_s = histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_BUCKETS_S
+        )
+        self.gap_s = histogram(
+            "inter_token_latency_seconds", "Between two tokens of an answer.", _TOKEN_BUCKETS_S
+        )
+        self.tpot_s = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time per token after the first, of an answer.",
+            _TOKEN_BUCKETS_S,
+        )
+        self.e2e_s = histogram(
+            "e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS_S
+        )
+        self.queue_s = histogram(
+            "request_queue_time_seconds", "Arrival to first step.", _FIRST_TOKEN_BUCKETS_S
+        )
+        self.request_prompt = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", _COUNT_BUCKETS
+        )
+        self.request_output = histogram(
+            "request_generation_tokens", "Tokens of an answer.", _COUNT_BUCKETS
+        )
+        self._success = Counter(
+            "vllm:request_success",
+            "Answers that ended as they should.",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        self._model_name = model_name
+
+    def success(self, reason: str) -> None:
+        self._success.labels(self._model_name, reason).inc()
+
+
+class NitsumMetrics:
+    """Series that only this server has."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"nitsum:{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"nitsum:{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"nitsum:{name}", text, labels, buckets=buckets, registry=registry)
+
+        first, token = _FIRST_TOKEN_BUCKETS_S, _TOKEN_BUCKETS_S
+        self.requests = counter(
+            "requests",
+            "Requests ended; outcome is ok, aborted or an error code.",
+            *("tier_requested", "tier_served", "outcome"),
+        )
+        self.engine_up = gauge("engine_up", "1 when the engine answers.")
+        self.queue_depth = gauge("queue_depth", "Requests without a first output.", "tier")
+        self.queue_s = histogram("queue_wait_seconds", "Arrival to first step.", first, "tier")
+        self.ttft_s = histogram("ttft_seconds", "Arrival to first token.", first, "tier")
+        self.tpot_s = histogram("tpot_seconds", "Mean time per later token.", token, "tier")
+        self.attained = counter("slo_attained", "Answers that met all targets of the tier.", "tier")
+        self.missed = counter("slo_missed", "Answers that missed one.", "tier")
+        self.goodput = counter("goodput_tokens", "Tokens of answers that met them all.", "tier")
+        self.downgrades = counter("downgrades", "Requests served as a lower tier.", "reason")
+        self.kv_used = gauge("kv_used_ratio", "KV arena in use by requests, 0..1.", "rank")
+        self.plan_active = gauge("plan_active", "1 for the plan that is served.", "plan")
+        self.switches = counter("plan_switches", "Switches done.", "from", "to", "reason")
+        self.switches_failed = counter("plan_switches_failed", "Switches refused.", "from", "to")
+        self.switch_s = histogram("plan_switch_seconds", "Start to end of a switch.", first)
+        self.migrated_bytes = counter("kv_migrated_bytes", "KV bytes moved by switches.")
+
+
+class Watch:
+    """Times of one engine request; what they mean is counted when it ends."""
+
+    def __init__(self, metrics: Metrics, request: Request) -> None:
+        self.request = request
+        self.first_s: float | None = None
+        self._metrics = metrics
+        self._last_s = 0.0
+        self._tier = request.tier
+        self._num_tokens = 0
+        self._num_displaced = 0
+        self._begun = False
+        self._outcome = "aborted"
+
+    def __enter__(self) -> Watch:
+        self._metrics.open.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._metrics.open.discard(self)
+        labels = (self.request.tier_asked, self._tier, self._outcome)
+        self._metrics.ours.requests.labels(*labels).inc()
+
+    def failed(self, error: ApiError) -> None:
+        """The engine refused or dropped it."""
+        self._outcome = error.code or "error"
+
+    def saw(self, output: Output, num_tokens: int, *, ended: bool) -> None:
+        """Count an output; `num_tokens` of its tokens belong to the answer."""
+        if not self._begun:
+            self._begin(output)
+        self._tier = output.tier
+        self._metrics.vllm.displaced.inc(max(0, output.num_displaced - self._num_displaced))
+        self._num_displaced = max(self._num_displaced, output.num_displaced)
+        if num_tokens:
+            self._saw_tokens(num_tokens)
+        if ended:
+            self._end(output)
+
+    def _begin(self, output: Output) -> None:
+        self._begun = True
+        vllm, ours = self._metrics.vllm, self._metrics.ours
+        num_prompt = len(self.request.prompt)
+        vllm.prompt_tokens.inc(num_prompt)
+        vllm.cache_queries.inc(num_prompt)
+        vllm.cache_hits.inc(output.num_cached)
+        vllm.queue_s.observe(output.queue_s)
+        ours.queue_s.labels(output.tier).observe(output.queue_s)
+        if output.tier != self.request.tier_asked:
+            reason = self._metrics.capped_reason(output.reason or "not given")
+            ours.downgrades.labels(reason).inc()
+
+    def _saw_tokens(self, num_tokens: int) -> None:
+        now = now_s()
+        vllm = self._metrics.vllm
+        vllm.output_tokens.inc(num_tokens)
+        self._num_tokens += num_tokens
+        if self.first_s is None:
+            self.first_s = now
+            vllm.ttft_s.observe(now - self.request.arrival_s)
+            self._metrics.ours.ttft_s.labels(self._tier).observe(now - self.request.arrival_s)
+        else:
+            vllm.gap_s.observe(now - self._last_s)
+        self._last_s = now
+
+    def _end(self, output: Output) -> None:
+        self._outcome = "ok"
+        vllm, ours = self._metrics.vllm, self._metrics.ours
+        vllm.success("length" if output.finish_reason == "length" else "stop")
+        vllm.e2e_s.observe(now_s() - self.request.arrival_s)
+        vllm.request_prompt.observe(len(self.request.prompt))
+        vllm.request_output.observe(self._num_tokens)
+        tpot_s = self._tpot_s()
+        if tpot_s is not None:
+            vllm.tpot_s.observe(tpot_s)
+            ours.tpot_s.labels(self._tier).observe(tpot_s)
+        met = self._met_targets(self._metrics.tiers[self._tier], tpot_s)
+        (ours.attained if met else ours.missed).labels(self._tier).inc()
+        if met:
+            ours.goodput.labels(self._tier).inc(self._num_tokens)
+
+    def _tpot_s(self) -> float | None:
+        if self.first_s is None or self._num_tokens < 2:
+            return None
+        return (self._last_s - self.first_s) / (self._num_tokens - 1)
+
+    def _met_targets(self, tier: Tier, tpot_s: float | None) -> bool:
+        now = now_s()
+        since = self.request.arrival_s
+        first_s = now if self.first_s is None else self.first_s
+        pairs = (
+            (first_s - since, tier.ttft_s),
+            (tpot_s, tier.tpot_s),
+            (now - since, tier.deadline_s),
+        )
+        return all(value is None or target is None or value <= target for value, target in pairs)

@@ -1,0 +1,99 @@
+"""Runs the application under uvicorn, with an end that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from nitsum.engine.client import EngineClient
+from nitsum.server.app import build_app
+from nitsum.server.service import Service
+from nitsum.server.settings import ServerSettings
+
+OnReady = Callable[[str], None]
+
+_POLL_S = 0.05
+# For connections that are idle or whose client does not read: all requests have ended before.
+_CLOSE_S = 2
+
+
+def serve(
+    settings: ServerSettings, client: EngineClient, *, on_ready: OnReady | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; `on_ready` gets the URL once the port is open.
+
+    The first signal drains: new requests get a 503, those that are here finish (for `drain_s` at
+    most, then they end in an error). The second stops at once.
+    """
+    asyncio.run(serve_async(settings, client, on_ready=on_ready))
+
+
+async def serve_async(
+    settings: ServerSettings, client: EngineClient, *, on_ready: OnReady | None = None
+) -> None:
+    """`serve`, inside a running loop."""
+    app = build_app(client, settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        lifespan="on",
+        # Whether a caller is local decides who is an admin, so no header may say it.
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=65,
+        timeout_graceful_shutdown=_CLOSE_S,
+    )
+    await DrainingServer(config, app.state.service, on_ready).serve()
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn's server, which on the first signal goes on until its requests are done."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, on_ready: OnReady | None = None
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_ready = on_ready
+        self._drain: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started and self._on_ready is not None:
+            self._on_ready(self._url())
+
+    def _url(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, between any two instructions."""
+        if self._signalled or not self.started:
+            self.should_exit = True
+            return
+        self._signalled = self._service.draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.create_task(self._drain_and_exit(), name="drain")
+
+    async def _drain_and_exit(self) -> None:
+        service = self._service
+        await service.engine.drain()
+        deadline_s = self._loop.time() + service.settings.drain_s
+        while service.metrics.open and self._loop.time() < deadline_s and not self.should_exit:
+            await asyncio.sleep(_POLL_S)
+        # Ends what is still open in an error that its client sees.
+        await service.engine.close()
+        await asyncio.sleep(_POLL_S)
+        self.should_exit = True
