@@ -53,10 +53,17 @@ class MemoryPages:
     cache: torch.Tensor  # [2, layers, pages, heads, block_tokens, head_dim]
 
     @classmethod
-    def of(cls, geometry: Geometry, degree: int, num_pages: int, block_tokens: int) -> MemoryPages:
+    def of(
+        cls,
+        geometry: Geometry,
+        degree: int,
+        num_pages: int,
+        block_tokens: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> MemoryPages:
         heads = len(geometry.kv_heads(degree, 0))
         layers, d = geometry.shape.num_layers, geometry.shape.head_dim
-        return cls(torch.zeros(2, layers, num_pages, heads, block_tokens, d))
+        return cls(torch.zeros(2, layers, num_pages, heads, block_tokens, d, dtype=dtype))
 
     def keys(self, layer: int) -> torch.Tensor:
         return self.cache[0, layer]
@@ -82,8 +89,10 @@ class ThreadLane:
         self.block_tokens = block_tokens
         self.weights = {rank: views(rank) for rank in group.ranks}
         self.pages = {
-            rank: MemoryPages.of(geometry, group.degree, num_pages, block_tokens)
-            for rank in group.ranks
+            rank: MemoryPages.of(
+                geometry, group.degree, num_pages, block_tokens, weights.embedding.dtype
+            )
+            for rank, weights in self.weights.items()
         }
         parts: dict[int, torch.Tensor] = {}
         barrier = threading.Barrier(group.degree, timeout=60)

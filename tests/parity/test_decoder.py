@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,20 @@ def tokens_of(vocab_size: int, length: int = LENGTH, seed: int = 7) -> torch.Ten
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def make_lane(folder: Path, max_tp: int, degree: int, min_tp: int = 1, index: int = 0):
+def make_lane(
+    folder: Path,
+    max_tp: int,
+    degree: int,
+    min_tp: int = 1,
+    index: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> ThreadLane:
     geometry = Geometry(ModelShape.from_folder(folder), max_tp, min_tp)
     group = Group(degree, index)
     source = FolderSource(folder)
 
     def views(rank: int):
-        weights = load_weights(geometry, rank, source, dtype=torch.float32)
+        weights = load_weights(geometry, rank, source, dtype=dtype)
         return weights.views(degree, group.shard_of(rank))
 
     return ThreadLane(geometry, group, views)
@@ -151,6 +159,16 @@ def test_decodes_of_very_different_lengths(checkpoints: Any) -> None:
     for row, text in zip(ours, texts, strict=True):
         expected = reference_logits(model, text)[-1]
         assert (row - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_bfloat16_is_as_far_from_float32_as_transformers_is(checkpoints: Any, name: str) -> None:
+    folder, model = checkpoints(name)
+    tokens = tokens_of(model.config.vocab_size)
+    exact = reference_logits(model, tokens)
+    rounded = reference_logits(copy.deepcopy(model).bfloat16(), tokens).float()
+    ours = whole_prompt(make_lane(folder, 2, 2, dtype=torch.bfloat16), tokens)
+    assert 0 < (ours - exact).norm() < 1.5 * (rounded - exact).norm()
 
 
 def test_a_step_that_samples_nothing_writes_kv(checkpoints: Any) -> None:
