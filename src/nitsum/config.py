@@ -10,6 +10,8 @@ from nitsum.messages import Fault
 from nitsum.plan import PlanSet
 from nitsum.tier import DEFAULT_TIERS, Tier
 
+Policy = Literal["fcfs", "priority", "nitsum"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -36,6 +38,13 @@ class EngineConfig:
     num_threads: int = 0
     """CPU threads of one worker; 0 divides the machine's cores between the workers."""
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
+    policy: Policy = "nitsum"
+    """How lanes order their work; the others are baselines on the same code."""
+    host_kv_bytes: int = 0
+    """Host memory per rank for KV of displaced requests; 0 has them compute it again when the arena
+    is full."""
+    chain_idle_s: float = 60.0
+    """How long the prefix of an agent chain is kept after its last call ended."""
     prefix_cache: bool = True
     seed: int = 0
     """Of dummy weights."""
