@@ -146,6 +146,7 @@ def test_workers_die_with_their_parent(tmp_path: Path):
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in workers)
+    assert list(tmp_path.glob("nitsum-*")) == [], "their sockets were left behind"
 
 
 # --- what is refused before any process starts --------------------------------------------------

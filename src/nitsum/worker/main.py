@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -51,7 +52,7 @@ _T = TypeVar("_T")
 def run(spec: WorkerSpec, shared: Shared) -> None:
     """The worker's whole life; ends the process with status 1 after reporting a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the engine ends us
-    _die_with_parent()
+    _die_with_parent(spec)
     link = EngineLink(spec)
     try:
         _work(spec, shared, link)
@@ -143,17 +144,26 @@ def _last_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(spec: WorkerSpec) -> None:
     """A thread sleeps until the parent is gone, however it went, then ends this process.
 
     Not PR_SET_PDEATHSIG: that fires when the *thread* that started us ends.
     """
     parent = parent_process()
     if parent is not None:
-        watch = partial(_exit_after, parent.sentinel)
+        watch = partial(_exit_after, parent.sentinel, spec)
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _exit_after(sentinel: int) -> None:
+def _exit_after(sentinel: int, spec: WorkerSpec) -> None:
+    """What the parent can no longer clear away, the last rank to get here does."""
     connection.wait([sentinel])
+    own, engine = (
+        Path(address.removeprefix("ipc://"))
+        for address in (spec.inbox_address, spec.engine_address)
+    )
+    with suppress(OSError):
+        own.unlink(missing_ok=True)
+        engine.unlink(missing_ok=True)
+        own.parent.rmdir()  # refuses while another rank's socket is there
     os._exit(1)
