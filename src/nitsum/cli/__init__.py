@@ -13,6 +13,7 @@ from importlib import import_module
 from nitsum.errors import ConfigError, NitsumError
 
 COMMANDS = {
+    "serve": "serve a model over an OpenAI-compatible API",
     "check-config": "say what is wrong with a configuration and how to fix it",
     "plans": "draw the plans a server would hold ready",
     "fetch-demo": "download the demo model and convert it, once",

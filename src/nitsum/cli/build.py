@@ -13,6 +13,7 @@ from nitsum.cli.sources import did_you_mean
 from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
 from nitsum.plan import PlanSet, default_plans, is_power_of_two, read_plans
+from nitsum.server.settings import ServerSettings
 from nitsum.tier import DEFAULT_TIERS, Tier, TierSet
 
 CPU_KV_BYTES = 256 << 20
@@ -69,6 +70,24 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         prefix_cache=settings.prefix_cache,
         seed=settings.seed,
         timeout_s=settings.step_timeout,
+        events_path=settings.events,
+    )
+
+
+def build_server_settings(
+    settings: ServeSettings, model: Path, max_model_len: int
+) -> ServerSettings:
+    """The server's settings; `max_model_len` is what the engine says a request may have."""
+    return ServerSettings.from_checkpoint(
+        model,
+        model_names=(settings.served_model_name,) if settings.served_model_name else (),
+        max_model_len=max_model_len,
+        host=settings.host,
+        port=settings.port,
+        api_key=settings.api_key or None,
+        admin_key=settings.admin_key or None,
+        tiers=build_tiers(settings.tiers),
+        drain_s=settings.shutdown_timeout,
     )
 
 

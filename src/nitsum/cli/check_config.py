@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nitsum.cli.checkpoint import (
     is_complete,
 )
 from nitsum.cli.drawing import draw_plan_set
+from nitsum.cli.ports import port_problem
 from nitsum.cli.settings import ServeSettings
 from nitsum.cli.sources import add_flags, resolve
 from nitsum.config import EngineConfig
@@ -53,7 +53,9 @@ def find_problems(settings: ServeSettings) -> list[str]:
     problems = [problem for check in checks if (problem := _problem_of(check, settings))]
     if not problems and (problem := _problem_of(_check_together, settings)):
         problems.append(problem)
-    return problems + [problem for problem in (_port_problem(settings),) if problem]
+    return problems + [
+        problem for problem in (port_problem(settings.host, settings.port),) if problem
+    ]
 
 
 def _problem_of(check: Callable[[ServeSettings], object], settings: ServeSettings) -> str | None:
@@ -96,23 +98,6 @@ def _check_together(settings: ServeSettings) -> None:
 def _geometry(settings: ServeSettings, config: EngineConfig) -> Geometry:
     shape = ModelShape.from_folder(checkpoint_folder(settings.model))
     return Geometry(shape, config.max_tp, config.min_tp)
-
-
-def _port_problem(settings: ServeSettings) -> str | None:
-    """Whether the address is free; asked by binding to it for a moment."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM
-        )[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return (
-            f"--host, --port: cannot listen on {settings.host}:{settings.port} "
-            f"({error.strerror}); choose others, or --port 0 for any free one."
-        )
-    return None
 
 
 def _capacity(settings: ServeSettings) -> Iterator[str]:

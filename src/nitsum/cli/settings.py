@@ -78,6 +78,9 @@ class ServeSettings(PlanSettings):
     shutdown_timeout: float = setting(
         seconds, 30.0, "time for running requests to finish at shutdown, seconds", "SECONDS"
     )
+    events: str = setting(
+        text, "", "append what happens, one JSON object a line, to this file", "FILE"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        one_of("debug", "info", "warning", "error"), "info", "debug, info, warning or error"
+        one_of("debug", "info", "warning", "error"), "warning", "debug, info, warning or error"
     )
