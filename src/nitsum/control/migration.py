@@ -215,14 +215,10 @@ class Wave:
                 del copies[: self.units_per_message]
 
     def _after(self, copies: list[UnitCopy]) -> list[tuple[int, int]]:
-        """What a pre-copy waits for: relocations of its sources, and writers of cached blocks.
-
-        KV of requests is final when it is queued here; a cached block may have been written by a
-        step that is still in flight.
-        """
-        count = self.lanes.num_sent if self.cached else self.lanes.num_settled
-        sources = sorted({copy[0] for copy in copies})
-        return [(rank, count(rank)) for rank in sources if count(rank)]
+        """What a pre-copy waits for. KV that is queued here is final (a cached block was confirmed
+        before it was cached), but it may have been relocated on its rank a moment ago."""
+        settled = {copy[0]: self.lanes.num_settled(copy[0]) for copy in copies}
+        return [(rank, count) for rank, count in sorted(settled.items()) if count]
 
     def _send(
         self,

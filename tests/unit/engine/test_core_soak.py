@@ -1,4 +1,4 @@
-"""Long random lives in a small, full arena: fragmentation, compaction, sharing, switch after switch."""
+"""Long random lives in a small, full arena: fragmentation, sharing, switch after switch."""
 
 import random
 
