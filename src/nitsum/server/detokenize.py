@@ -12,8 +12,9 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 
-# A character has at most 4 bytes, so more tokens that decode to nothing whole are invalid bytes.
-_MAX_PENDING_TOKENS = 4
+# A character has at most 4 bytes, and a token or two without text may come before them; more
+# tokens that decode to nothing whole are bytes that form no character.
+_MAX_PENDING_TOKENS = 8
 
 
 class Detokenizer(Protocol):

@@ -95,7 +95,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=True,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise bad_request(
                 f"The model's chat template cannot render these messages: {error}", "messages"
             ) from error

@@ -80,7 +80,7 @@ class TokenizerCodec:
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # what it raises for text that is not UTF-8
             raise bad_request(
                 "The text holds half of a surrogate pair, which is not a character.", param
             ) from None
