@@ -31,6 +31,8 @@ class Arrived(Event, frozen=True, kw_only=True):
     deadline_s: float | None = None
     """Targets it is held to, relative to `arrival_s`."""
     chain_id: str | None = None
+    chain_deadline_s: float | None = None
+    """Absolute time by which the whole chain should be complete."""
 
 
 class Routed(Event, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""What a run was like, from its event stream and nothing else. Torch-free."""

@@ -1,0 +1,60 @@
+"""Event streams on disk: one JSON object a line, gzip when the name ends in `.gz`."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, cast
+
+import msgspec
+
+from nitsum.errors import ConfigError
+from nitsum.events import AnyEvent
+
+_encode = msgspec.json.Encoder().encode
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    try:
+        # The caller closes it.
+        file = gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"Cannot open events {path}: {error.strerror}.") from error
+    return cast("IO[bytes]", file)
+
+
+class EventFile:
+    """An `EventSink` that appends to a file as events happen; close it to have all of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _opened(path, "wb")
+
+    def emit(self, event: AnyEvent) -> None:
+        self._file.write(_encode(event) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_events(path: Path, events: Iterable[AnyEvent]) -> None:
+    with EventFile(path) as file:
+        for event in events:
+            file.emit(event)
+
+
+def read_events(path: Path) -> Iterator[AnyEvent]:
+    """The events of a file, one at a time; raises `ConfigError` naming a bad line."""
+    with _opened(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield _decoder.decode(line)
+            except msgspec.DecodeError as error:
+                raise ConfigError(f"{path}, line {number}: {error}.") from error

@@ -1,0 +1,303 @@
+"""Events folded into one record per request, step and switch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from nitsum.events import (
+    AnyEvent,
+    Arrived,
+    Displaced,
+    Downgraded,
+    Evicted,
+    Finished,
+    GenerationStarted,
+    Promoted,
+    Refused,
+    Resumed,
+    Routed,
+    Started,
+    StepEnded,
+    StepSent,
+    SwitchEnded,
+    SwitchStarted,
+    WaveCommitted,
+    WaveProposed,
+    WaveRolledBack,
+)
+from nitsum.plan import Group
+
+Outcome = Literal["unfinished", "refused", "stop", "length", "abort", "error"]
+
+
+def _times() -> array[float]:
+    return array("d")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request's life. Times are on the engine's clock, durations count from `arrival_s`."""
+
+    request_id: str
+    tenant: str
+    tier_asked: str
+    tier_served: str
+    arrival_s: float
+    num_prompt: int = 0
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    deadline_s: float | None = None
+    chain_id: str | None = None
+    chain_deadline_s: float | None = None
+    outcome: Outcome = "unfinished"
+    refused_code: str | None = None
+    downgrade_reason: str | None = None
+    promised: bool = True
+    started_s: float | None = None
+    finished_s: float | None = None
+    num_cached: int = 0
+    num_displaced: int = 0
+    num_promoted: int = 0
+    paused: list[tuple[float, float | None]] = field(
+        default_factory=list[tuple[float, float | None]]
+    )
+    """When it was displaced, and when it went on (None: not yet)."""
+    token_times: array[float] = field(default_factory=_times)
+    """When each answer token became known."""
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_times)
+
+    @property
+    def is_answered(self) -> bool:
+        return self.outcome in ("stop", "length")
+
+    @property
+    def queue_s(self) -> float | None:
+        """Until the first step that contains it was sent."""
+        return None if self.started_s is None else self.started_s - self.arrival_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.token_times[0] - self.arrival_s if self.token_times else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first; None with fewer than two tokens."""
+        num_gaps = len(self.token_times) - 1
+        return (self.token_times[-1] - self.token_times[0]) / num_gaps if num_gaps > 0 else None
+
+    @property
+    def longest_gap_s(self) -> float | None:
+        return max((b - a for a, b in pairwise(self.token_times)), default=None)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Until its end; None while it runs and when it was refused."""
+        refused = self.outcome == "refused" or self.finished_s is None
+        return None if refused or self.finished_s is None else self.finished_s - self.arrival_s
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step, once its result arrived."""
+
+    step_id: int
+    group: Group
+    ended_s: float
+    seconds: float
+    sent_s: float | None = None
+    num_decode: int = 0
+    prefill_tokens: int = 0
+    context_tokens: int = 0
+    predicted_s: float | None = None
+    num_tokens_out: int = 0
+
+
+@dataclass(slots=True)
+class WaveRecord:
+    wave: int
+    proposed_s: float
+    proposed_ids: tuple[str, ...]
+    committed_s: float | None = None
+    """None: rolled back or still under way."""
+    moved_ids: tuple[str, ...] = ()
+    bytes_moved: int = 0
+    rollback_reason: str | None = None
+
+
+@dataclass(slots=True)
+class SwitchRecord:
+    op_id: str
+    from_plan: str
+    to_plan: str
+    reason: str
+    started_s: float
+    waves: list[WaveRecord] = field(default_factory=list[WaveRecord])
+    ended_s: float | None = None
+    ok: bool = False
+    message: str = ""
+    bytes_moved: int = 0
+    num_left_behind: int = 0
+
+    @property
+    def duration_s(self) -> float | None:
+        return None if self.ended_s is None else self.ended_s - self.started_s
+
+
+class Recorder:
+    """Folds events, in the order in which they happened; also an `EventSink`."""
+
+    def __init__(self, events: Iterable[AnyEvent] = ()) -> None:
+        self.requests: dict[str, RequestRecord] = {}
+        self.steps: list[StepRecord] = []
+        self.switches: list[SwitchRecord] = []
+        self.num_evicted_blocks = 0
+        self.restarts: list[GenerationStarted] = []
+        self.last_s = 0.0
+        self._sent: dict[int, StepSent] = {}
+        for event in events:
+            self.emit(event)
+
+    def emit(self, event: AnyEvent) -> None:
+        self.last_s = event.at_s
+        match event:
+            case StepSent():
+                self._sent[event.step_id] = event
+            case StepEnded():
+                self._step_ended(event)
+            case Arrived():
+                self._arrived(event)
+            case Refused():
+                self._refused(event)
+            case GenerationStarted():
+                self.restarts.append(event)
+            case Evicted():
+                self.num_evicted_blocks += event.num_blocks
+            case SwitchStarted() | WaveProposed() | WaveCommitted() | WaveRolledBack():
+                self._switch_goes_on(event)
+            case SwitchEnded():
+                self._switch_ended(event)
+            case _:
+                self._request_goes_on(event)
+
+    # -- requests --
+
+    def _arrived(self, event: Arrived) -> None:
+        self.requests[event.request_id] = RequestRecord(
+            request_id=event.request_id,
+            tenant=event.tenant,
+            tier_asked=event.tier_asked,
+            tier_served=event.tier,
+            arrival_s=event.arrival_s,
+            num_prompt=event.num_prompt,
+            ttft_target_s=event.ttft_target_s,
+            tpot_target_s=event.tpot_target_s,
+            deadline_s=event.deadline_s,
+            chain_id=event.chain_id,
+            chain_deadline_s=event.chain_deadline_s,
+        )
+
+    def _refused(self, event: Refused) -> None:
+        """A request may be refused before it counts as arrived."""
+        record = self.requests.setdefault(
+            event.request_id,
+            RequestRecord(event.request_id, "", event.tier, event.tier, event.at_s),
+        )
+        record.outcome = "refused"
+        record.refused_code = event.code
+        record.finished_s = event.at_s
+
+    def _request_goes_on(
+        self, event: Routed | Started | Downgraded | Displaced | Resumed | Promoted | Finished
+    ) -> None:
+        record = self.requests.get(event.request_id)
+        if record is None:
+            return
+        match event:
+            case Routed():
+                record.promised = event.promised
+            case Started():
+                record.started_s = event.at_s
+                record.num_cached = event.num_cached
+            case Downgraded():
+                record.tier_served = event.to_tier
+                record.downgrade_reason = event.reason
+            case Displaced():
+                record.num_displaced += 1
+                record.paused.append((event.at_s, None))
+            case Resumed():
+                _end_pause(record, event.at_s)
+            case Promoted():
+                record.num_promoted += 1
+            case Finished():
+                record.outcome = event.reason
+                record.tier_served = event.tier
+                record.finished_s = event.at_s
+                _end_pause(record, event.at_s)
+
+    # -- steps --
+
+    def _step_ended(self, event: StepEnded) -> None:
+        """Tokens count even for a request that finished with this very step."""
+        sent = self._sent.pop(event.step_id, None)
+        step = StepRecord(event.step_id, event.group, event.at_s, event.seconds)
+        if sent is not None:
+            step.sent_s, step.predicted_s = sent.at_s, sent.predicted_s
+            step.num_decode, step.prefill_tokens = sent.num_decode, sent.prefill_tokens
+            step.context_tokens = sent.context_tokens
+        for request_id, num_tokens in event.tokens:
+            step.num_tokens_out += num_tokens
+            record = self.requests.get(request_id)
+            if record is not None:
+                record.token_times.extend([event.at_s] * num_tokens)
+        self.steps.append(step)
+
+    # -- switches --
+
+    def _switch_goes_on(
+        self, event: SwitchStarted | WaveProposed | WaveCommitted | WaveRolledBack
+    ) -> None:
+        if isinstance(event, SwitchStarted):
+            switch = SwitchRecord(
+                event.op_id, event.from_plan, event.to_plan, event.reason, event.at_s
+            )
+            self.switches.append(switch)
+        elif self.switches:
+            _wave_goes_on(self.switches[-1], event)
+
+    def _switch_ended(self, event: SwitchEnded) -> None:
+        if not self.switches:
+            return
+        switch = self.switches[-1]
+        switch.op_id = event.op_id
+        switch.ended_s, switch.ok, switch.message = event.at_s, event.ok, event.message
+        switch.bytes_moved = event.bytes_moved
+        switch.num_left_behind = event.num_left_behind
+
+
+def _end_pause(record: RequestRecord, at_s: float) -> None:
+    if record.paused and record.paused[-1][1] is None:
+        record.paused[-1] = (record.paused[-1][0], at_s)
+
+
+def _wave_goes_on(
+    switch: SwitchRecord, event: WaveProposed | WaveCommitted | WaveRolledBack
+) -> None:
+    if isinstance(event, WaveProposed):
+        switch.waves.append(WaveRecord(event.wave, event.at_s, tuple(event.request_ids)))
+        return
+    wave = next((w for w in switch.waves if w.wave == event.wave), None)
+    if wave is None:
+        return
+    if isinstance(event, WaveCommitted):
+        wave.committed_s = event.at_s
+        wave.moved_ids = tuple(event.request_ids)
+        wave.bytes_moved = event.bytes_moved
+    else:
+        wave.rollback_reason = event.reason

@@ -1,0 +1,173 @@
+"""Series and reports: numbers known by hand, pages that stand alone."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from nitsum.cost.protocol import FixedCost
+from nitsum.events import AnyEvent, GenerationStarted
+from nitsum.metrics.figures import figures
+from nitsum.metrics.goodput import Window
+from nitsum.metrics.html import render, save_html
+from nitsum.metrics.records import Recorder
+from nitsum.metrics.report import Report, build_report, print_report, save_report
+from nitsum.metrics.series import (
+    lane_spans,
+    output_tokens,
+    prediction_error,
+    prompt_tokens,
+    queue_depth,
+    step_share,
+    token_rate,
+)
+from nitsum.metrics.targets import default_targets
+from nitsum.plan import Group
+from tests.unit.metrics.streams import TP1, TP2, in_order, life, step, switch
+
+
+def example() -> Recorder:
+    """Ten requests, half of them priority, and one switch; the slowest misses its target."""
+    lives: list[list[AnyEvent]] = [
+        life(
+            f"r{i}",
+            float(i),
+            [i + 0.1 * (i + 1) + 0.05 * j for j in range(30)],
+            start_s=i + 0.05,
+            tier=tier,
+            tier_asked=tier,
+            ttft_target_s=0.95,
+            chain_id="c" if i < 2 else None,
+        )
+        for i in range(10)
+        for tier in (("priority", "default")[i % 2],)
+    ]
+    waves = switch("s", ("2xTP1", "TP2"), [(4.9, 5.0, ["r4"])])
+    wide = [step(8.0 + 0.1 * i, group=TP2, seconds=0.1, predicted_s=0.09) for i in range(10)]
+    again = GenerationStarted(at_s=9.5, generation=2, num_replayed=0, restart_s=1.0)
+    return Recorder(in_order(*lives, waves, *wide, [again]))
+
+
+def test_the_report_adds_up() -> None:
+    report = build_report(example())
+    assert report.num_requests == 10
+    assert report.attainment == pytest.approx(0.9)
+    assert report.goodput_per_s == pytest.approx(1.0)
+    assert [(t.tier, t.num_requests, t.num_met) for t in report.tiers] == [
+        ("default", 5, 4),
+        ("priority", 5, 5),
+    ]
+    assert report.tiers[1].ttft_s.p50 == pytest.approx(0.5)
+    assert report.tiers[1].queue_s.p50 == pytest.approx(0.05)
+    assert report.tiers[1].tpot_s.p50 == pytest.approx(0.05)
+    assert report.chains.num_chains == 1
+    assert report.chains.latency_s.p50 == pytest.approx(1 + 0.2 + 29 * 0.05)
+    assert report.switches[0].num_switches == 1
+    assert report.num_restarts == 1
+    assert report.step_prediction_error == pytest.approx(0.1)
+    assert report.scaled == []
+
+
+def test_a_targets_file_replaces_the_server_s_own() -> None:
+    targets = default_targets(FixedCost(0.02, 1e-4), 1, "fake")  # TTFT 100 ms and 300 ms
+    report = build_report(example(), targets=targets)
+    assert report.attainment == 0.0
+    assert [scaled.factor for scaled in report.scaled] == [0.5, 2.0]
+    assert "fake" in report.notes[0]
+
+
+def test_warmup_is_left_out_and_said() -> None:
+    report = build_report(example(), warmup_s=2.5)
+    assert report.num_requests == 7
+    assert any("warm-up: 3 requests" in note for note in report.notes)
+
+
+def test_an_empty_run_has_a_report_too() -> None:
+    report = build_report(Recorder())
+    assert (report.num_requests, report.goodput_per_s, report.tiers) == (0, None, [])
+    assert "<svg" not in render(report, Recorder(), title="empty")
+
+
+def test_reports_survive_json(tmp_path: Path) -> None:
+    report, path = build_report(example()), tmp_path / "report.json"
+    save_report(report, path)
+    assert msgspec.json.decode(path.read_bytes(), type=Report) == report
+
+
+def test_the_text_names_tiers_switches_and_withholds_p99() -> None:
+    out = io.StringIO()
+    print_report(build_report(example()), Console(file=out, width=160))
+    text = out.getvalue()
+    assert "priority" in text
+    assert "2xTP1 -> TP2" in text
+    assert "goodput 1/s" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("│ priority")]
+    assert row.count(" - ") == 2
+
+
+def test_figures_are_flat_and_rest_on_enough_samples() -> None:
+    flat = figures(build_report(example()), prefix="ours_")
+    assert flat["ours_goodput_requests_per_s"] == pytest.approx(1.0)
+    assert flat["ours_priority_attainment_share"] == 1.0
+    assert flat["ours_switch_2xtp1_to_tp2_num"] == 1.0
+    assert not any("p99" in name for name in flat)
+    assert "ours_priority_ttft_p99_s" in figures(
+        build_report(example(), small_samples=True), prefix="ours_"
+    )
+
+
+def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
+    run = example()
+    path = tmp_path / "report.html"
+    save_html(build_report(run), run, path, title="a <b> & c")
+    page = path.read_text()
+    assert "a &lt;b&gt; &amp; c" in page
+    assert not re.search(r"https?://|<script|<link|@import", page)
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(plots) == 4
+    for plot in plots:
+        ElementTree.fromstring(plot)
+    assert plots[0].count("<rect") == len(lane_spans(run.steps, build_report(run).window))
+    assert all("2xTP1 to TP2" in plot for plot in plots)
+    assert "TP2</span>" in page
+
+
+# --- series ---------------------------------------------------------------------------------------
+
+
+def test_step_share_merges_overlaps_and_clips() -> None:
+    steps = Recorder(
+        in_order(
+            step(1.0, seconds=1.0, group=TP1),
+            step(1.5, seconds=1.0, group=TP2),
+            step(11.0, seconds=2.0, group=Group(1, 1)),
+        )
+    ).steps
+    assert step_share(steps, Window(0.0, 10.0)) == pytest.approx([0.15, 0.2])
+
+
+def test_token_counts_respect_the_window() -> None:
+    run = Recorder(life("a", 0.0, [1.0, 2.0, 3.0, 4.0]))
+    assert output_tokens(run.requests.values(), Window(2.0, 3.0)) == 2
+    assert prompt_tokens(run.requests.values(), Window(0.5, 1.0)) == 100
+    assert prompt_tokens(run.requests.values(), Window(1.5, 9.0)) == 0
+    rate = token_rate(run.steps, Window(0.0, 4.0), num_buckets=2)
+    assert [y for _, y in rate.points] == [0.5, 1.5]
+
+
+def test_queue_depth_counts_those_who_wait() -> None:
+    run = Recorder(in_order(*(life(f"r{i}", i, [9.5], start_s=8.5) for i in range(4))))
+    (depth,) = queue_depth(run.requests.values(), Window(0.0, 10.0), num_buckets=10)
+    assert [y for _, y in depth.points] == [1, 2, 3, 4, 4, 4, 4, 4, 4, 0, 0]
+
+
+def test_prediction_error_needs_predictions() -> None:
+    run = Recorder(in_order(step(1.0, seconds=0.1), step(2.0, seconds=0.1, predicted_s=0.12)))
+    assert prediction_error(run.steps) == pytest.approx(0.2)
+    assert prediction_error(run.steps[:1]) is None
