@@ -35,7 +35,7 @@ def serve(
 async def serve_async(
     settings: ServerSettings, client: EngineClient, *, on_ready: OnReady | None = None
 ) -> None:
-    """`serve`, inside a running loop."""
+    """`serve`, inside a running loop. Cancelling it stops at once, and closes what is open."""
     app = build_app(client, settings)
     config = uvicorn.Config(
         app,
@@ -51,7 +51,14 @@ async def serve_async(
         timeout_keep_alive=65,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    await DrainingServer(config, app.state.service, on_ready).serve()
+    server = DrainingServer(config, app.state.service, on_ready)
+    running = asyncio.create_task(server.serve())
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await running
+        raise
 
 
 class DrainingServer(uvicorn.Server):
