@@ -10,6 +10,7 @@ MODEL ?= demo
 RANKS ?= 2
 PORT ?= 8000
 PLAN ?=
+DEMO_RANKS ?= 4
 
 # The first interpreter that runs and is new enough; `make serve PYTHON=/path/to/python` overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -36,6 +37,9 @@ $(STAMP): pyproject.toml
 
 serve: $(STAMP) ## Fetch the demo model and serve it (MODEL, RANKS, PORT, PLAN)
 	@$(VENV)/bin/nitsum serve $(MODEL) --ranks $(RANKS) --port $(PORT) $(if $(PLAN),--plan '$(PLAN)')
+
+demo: $(STAMP) ## Watch chats stream while the layout changes under them (MODEL, DEMO_RANKS)
+	@$(VENV)/bin/nitsum demo $(MODEL) --ranks $(DEMO_RANKS)
 
 test: $(STAMP) ## Run the tests
 	$(PY) -m pytest -m "not gpu"
