@@ -81,16 +81,19 @@ class WorkItem:
             tokens.extend(segment.tokens(vocab_size))
         return tokens
 
-    def request(self, vocab_size: int, *, start_s: float = 0.0) -> Request:
+    def request(
+        self, vocab_size: int, *, start_s: float = 0.0, prompt: list[int] | None = None
+    ) -> Request:
         """The request to submit, in a run that started at `start_s` of the engine's clock.
 
-        Greedy and without stop tokens: it produces exactly `num_output` tokens.
+        Greedy and without stop tokens: it produces exactly `num_output` tokens. `prompt` stands in
+        for the item's own tokens where only their number matters.
         """
         chain = self.chain
         deadline = chain.deadline_s if chain else None
         return Request(
             request_id=self.request_id,
-            prompt=self.prompt(vocab_size),
+            prompt=self.prompt(vocab_size) if prompt is None else prompt,
             sampling=SamplingParams(max_tokens=self.num_output, temperature=0.0),
             tier=self.tier,
             tier_asked=self.tier,

@@ -1,0 +1,198 @@
+"""One way to serve a model on a machine: resident plans, a policy, and the memory they leave.
+
+What is compared on identical arrivals are systems. A static one keeps only its own weight shard
+and gets the freed memory as KV; one that switches holds 1/min_tp of the weights on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nitsum.config import EngineConfig, Policy
+from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.machines import Machine
+from nitsum.cost.memory import MemoryModel, smallest_min_tp
+from nitsum.cost.protocol import CostModel
+from nitsum.errors import ConfigError
+from nitsum.kv.cache import ArenaShape
+from nitsum.plan import Lane, Plan, PlanSet, default_plans, parse_plan
+from nitsum.shape import Geometry, ModelShape
+from nitsum.tier import DEFAULT_TIERS, Tier
+
+URGENT_TIERS = ("priority", "default")
+PATIENT_TIERS = ("flex", "batch")
+_DTYPE_BYTES = 2
+_USEFUL_TOKENS = 1 << 16
+_LONG_REQUEST_TOKENS = 1 << 13
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What all systems of a comparison share."""
+
+    model: str
+    shape: ModelShape
+    machine: Machine
+    tiers: tuple[Tier, ...] = DEFAULT_TIERS
+    max_num_seqs: int = 256
+    max_batch_tokens: int = 2048
+    max_model_len: int = 0
+    block_tokens: int = 16
+    prefix_cache: bool = True
+    cost: CostModel | None = None
+    """Instead of the analytic model: a measured table."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.machine.num_gpus
+
+    @property
+    def min_tp(self) -> int:
+        """The smallest degree whose lanes are of use: each holds a few dozen conversations."""
+        return smallest_min_tp(self.shape, self.machine, min_tokens=_USEFUL_TOKENS)
+
+    @property
+    def narrowest(self) -> int:
+        """The smallest degree at which a lane holds one long request."""
+        return smallest_min_tp(self.shape, self.machine, min_tokens=_LONG_REQUEST_TOKENS)
+
+
+@dataclass(frozen=True)
+class System:
+    """What a simulation runs."""
+
+    name: str
+    config: EngineConfig
+    arena: ArenaShape
+    cost: CostModel
+    threshold_tokens: int = 0
+    """Above 0: go to the first plan under fewer tokens per step than this, else to the last."""
+
+
+def build_system(
+    site: Site, name: str, plans: PlanSet, policy: Policy, *, min_tp: int | None = None
+) -> System:
+    """A system whose ranks hold 1/min_tp of the weights; by default as little as `plans` allow.
+
+    Raises `ConfigError` when that leaves no room for KV.
+    """
+    min_tp = plans.degrees[0] if min_tp is None else min_tp
+    geometry = Geometry(site.shape, plans.max_tp, min_tp)
+    memory = MemoryModel(geometry, site.machine, _DTYPE_BYTES)
+    if memory.lane_tokens(plans.degrees[0]) < site.block_tokens:
+        raise ConfigError(
+            f"{name}: {site.model} leaves a TP{plans.degrees[0]} lane on {site.machine} no room "
+            "for KV. Use wider lanes, a larger --min-tp or larger GPUs."
+        )
+    unit_bytes = geometry.unit_bytes(site.block_tokens, _DTYPE_BYTES)
+    arena = ArenaShape(
+        num_ranks=site.num_ranks,
+        num_units=memory.arena_bytes // unit_bytes,
+        units_per_block=geometry.num_units,
+        block_tokens=site.block_tokens,
+        min_degree=plans.degrees[0],
+        unit_bytes=unit_bytes,
+    )
+    cost = site.cost or AnalyticCost(
+        site.shape, site.machine, max_tp=plans.max_tp, min_tp=min_tp, dtype_bytes=_DTYPE_BYTES
+    )
+    return System(name, _config(site, plans, policy, min_tp, memory.arena_bytes), arena, cost)
+
+
+def _config(
+    site: Site, plans: PlanSet, policy: Policy, min_tp: int, arena_bytes: int
+) -> EngineConfig:
+    return EngineConfig(
+        model=site.model,
+        plans=plans,
+        policy=policy,
+        min_tp=min_tp,
+        dtype="bfloat16",
+        block_tokens=site.block_tokens,
+        kv_bytes=arena_bytes,
+        max_model_len=site.max_model_len or site.shape.max_positions,
+        max_num_seqs=site.max_num_seqs,
+        max_batch_tokens=site.max_batch_tokens,
+        tiers=site.tiers,
+        prefix_cache=site.prefix_cache,
+    )
+
+
+# --- the systems of a comparison -----------------------------------------------------------------
+
+
+def static_system(site: Site, plan: Plan, policy: Policy) -> System:
+    """One plan for ever, with the shard of its own degree and nothing else."""
+    plans = PlanSet(site.num_ranks, (plan,), plan.name)
+    return build_system(site, f"{plan.name} {policy}", plans, policy)
+
+
+def our_system(site: Site, names: tuple[str, ...] = (), min_tp: int | None = None) -> System:
+    """Several resident plans under our scheduler; without names, all useful ones."""
+    min_tp = min_tp or site.min_tp
+    plans = _named(site, names) if names else _all_plans(site, min_tp)
+    return build_system(site, "ours", plans, "nitsum", min_tp=min_tp)
+
+
+def _named(site: Site, names: tuple[str, ...]) -> PlanSet:
+    plans = tuple(parse_plan(name, site.num_ranks) for name in names)
+    return PlanSet(site.num_ranks, plans, plans[0].name)
+
+
+def _all_plans(site: Site, min_tp: int) -> PlanSet:
+    plans = tuple(
+        plan
+        for plan in default_plans(site.num_ranks).plans
+        if all(lane.degree >= min_tp for lane in plan.lanes)
+    )
+    return PlanSet(site.num_ranks, plans, plans[-1].name)
+
+
+def baselines(site: Site) -> Iterator[System]:
+    """Every static layout under every policy, ranks split by tier, and a token threshold."""
+    degrees = [d for d in _degrees(site) if d >= site.narrowest]
+    for degree in degrees:
+        for policy in ("fcfs", "priority", "nitsum"):
+            yield static_system(site, uniform_plan(site.num_ranks, degree), policy)
+    if site.num_ranks >= 2 and degrees[0] <= site.num_ranks // 2:
+        for plan in split_plans(site.num_ranks, degrees):
+            yield static_system(site, plan, "nitsum")
+    if len(degrees) > 1:
+        yield threshold_system(site, degrees)
+
+
+def _degrees(site: Site) -> list[int]:
+    return [1 << bit for bit in range(site.num_ranks.bit_length())]
+
+
+def uniform_plan(num_ranks: int, degree: int) -> Plan:
+    count = num_ranks // degree
+    return parse_plan(f"TP{degree}" if count == 1 else f"{count}xTP{degree}", num_ranks)
+
+
+def split_plans(num_ranks: int, degrees: list[int]) -> Iterator[Plan]:
+    """Half of the ranks for the urgent tiers, half for the others, each at every degree."""
+    half = num_ranks // 2
+    fitting = [degree for degree in degrees if degree <= half]
+    for urgent in fitting:
+        for patient in fitting:
+            first = uniform_plan(half, urgent)
+            second = uniform_plan(half, patient)
+            lanes = [Lane(lane.group, "mixed", URGENT_TIERS) for lane in first.lanes]
+            lanes += [_shifted(lane, half // patient) for lane in second.lanes]
+            yield Plan(f"split {first.name}|{second.name}", tuple(lanes))
+
+
+def _shifted(lane: Lane, num_groups: int) -> Lane:
+    group = type(lane.group)(lane.degree, lane.group.index + num_groups)
+    return Lane(group, "mixed", PATIENT_TIERS)
+
+
+def threshold_system(site: Site, degrees: list[int], threshold_tokens: int = 256) -> System:
+    """The widest layout under few tokens per step, the narrowest above: no look ahead."""
+    wide = uniform_plan(site.num_ranks, degrees[-1])
+    narrow = uniform_plan(site.num_ranks, degrees[0])
+    plans = PlanSet(site.num_ranks, (wide, narrow), wide.name)
+    system = build_system(site, f"threshold {wide.name}/{narrow.name}", plans, "nitsum")
+    return replace(system, threshold_tokens=threshold_tokens)
