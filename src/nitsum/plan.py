@@ -39,7 +39,7 @@ class Group(msgspec.Struct, frozen=True, array_like=True, order=True):
 
     @property
     def ranks(self) -> range:
-        return range(self.index * self.degree, (self.index + 1) * self.degree)
+        return _aligned(self.degree, self.index)
 
     @property
     def leader(self) -> int:
@@ -61,8 +61,18 @@ class Group(msgspec.Struct, frozen=True, array_like=True, order=True):
         return self.ranks.start < other.ranks.stop and other.ranks.start < self.ranks.stop
 
     def __str__(self) -> str:
-        first, last = self.ranks[0], self.ranks[-1]
-        return f"TP{self.degree}@{first}" if first == last else f"TP{self.degree}@{first}-{last}"
+        return _group_name(self.degree, self.index)
+
+
+@cache
+def _aligned(degree: int, index: int) -> range:
+    return range(index * degree, (index + 1) * degree)
+
+
+@cache
+def _group_name(degree: int, index: int) -> str:
+    first, last = index * degree, (index + 1) * degree - 1
+    return f"TP{degree}@{first}" if first == last else f"TP{degree}@{first}-{last}"
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -277,5 +278,7 @@ class Geometry:
         return self.num_kv_heads * self.q_per_kv // degree
 
 
+@cache
 def units_per_page(degree: int, num_units: int) -> int:
+    """Units of one page at `degree`, of a block that is cut into `num_units`."""
     return max(1, num_units // degree)

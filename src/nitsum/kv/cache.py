@@ -49,7 +49,6 @@ class KvCache:
         self.prefixes = PrefixIndex()
         self.tables: dict[str, Table] = {}
         self.num_evicted = 0
-        self._idle_units = [0] * arena.num_ranks
         self._held: dict[Block, int] = {}
         self._relocations: list[Relocation] = []
 
@@ -73,6 +72,18 @@ class KvCache:
         table = self.tables[request_id]
         num_before = len(table.blocks)
         num_needed = -(-num_tokens // self.arena.block_tokens)
+        count = num_needed - num_before
+        if count <= 0:
+            return True
+        free = self._alloc_free(table.group, count)
+        if free is None:
+            if self.free_blocks(table.group) < count:
+                return False
+            self._evict_for(table.group, count)
+            free = self._alloc_free(table.group, count)
+        if free is not None:
+            table.blocks.extend(free)
+            return True
         while len(table.blocks) < num_needed:
             block = self.alloc_block(table.group)
             if block is None:
@@ -126,6 +137,31 @@ class KvCache:
             pages.append(start >> order)
         return Block(group, pages)
 
+    def _alloc_free(self, group: Group, count: int) -> list[Block] | None:
+        """Fresh blocks out of units that are free as it is; None, and no change, if too few."""
+        order = self.arena.page_order(group)
+        columns: list[list[int]] = []
+        for rank in group.ranks:
+            starts = self.pools[rank].alloc_many(order, count)
+            if starts is None:
+                for done, column in zip(group.ranks, columns, strict=False):
+                    for page in reversed(column):
+                        self.pools[done].release(page << order, 1 << order)
+                return None
+            columns.append([start >> order for start in starts])
+        return [Block(group, list(pages)) for pages in zip(*columns, strict=True)]
+
+    def _evict_for(self, group: Group, count: int) -> None:
+        """Evict until `count` blocks may fit, as far as whole pages come free by it."""
+        order = self.arena.page_order(group)
+        for rank in group.ranks:
+            pool = self.pools[rank]
+            while pool.num_free < count << order:
+                victim = self.prefixes.victim(rank)
+                if victim is None or self.arena.page_order(victim.group) < order:
+                    break
+                self.evict(victim)
+
     def alloc_units(self, rank: int, order: int) -> int | None:
         """The start of `2**order` units on one rank: free, else evicted, else made by moving."""
         pool = self.pools[rank]
@@ -144,7 +180,6 @@ class KvCache:
         """One more user of a block, cached or in use."""
         if block.refs == 0:
             self.prefixes.use(block)
-            self._count_idle(block, -1)
             block.level = block.level if level is None else level
         elif level is not None:
             block.level = min(block.level, level)
@@ -159,7 +194,6 @@ class KvCache:
                 continue
             if block.hash is not None:
                 self.prefixes.park(block)
-                self._count_idle(block, +1)
             else:
                 self._release_pages(block.group, block.pages)
 
@@ -189,7 +223,6 @@ class KvCache:
         assert block.refs == 0
         assert block.hash is not None
         self.prefixes.forget(block)
-        self._count_idle(block, -1)
         self._release_pages(block.group, block.pages)
         self.num_evicted += 1
 
@@ -211,7 +244,12 @@ class KvCache:
 
     def free_units(self, rank: int) -> int:
         """Units on `rank` that a new block could have: free ones and unreferenced cached ones."""
-        return self.pools[rank].num_free + self._idle_units[rank]
+        idle = sum(
+            count * self.arena.page_units(group)
+            for group, count in self.prefixes.num_idle.items()
+            if rank in group.ranks
+        )
+        return self.pools[rank].num_free + idle
 
     def used_share(self, rank: int) -> float:
         """Share of the rank's units in use by requests; cached blocks without user not counted."""
@@ -255,8 +293,3 @@ class KvCache:
         count = self.arena.page_units(group)
         for rank, page in zip(group.ranks, pages, strict=False):
             self.pools[rank].release(page * count, count)
-
-    def _count_idle(self, block: Block, sign: int) -> None:
-        count = sign * self.arena.page_units(block.group)
-        for rank in block.group.ranks:
-            self._idle_units[rank] += count

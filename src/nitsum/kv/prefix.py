@@ -38,6 +38,8 @@ class PrefixIndex:
         self._by_hash: dict[Group, dict[int, Block]] = {}
         # idle[group][level]: unreferenced blocks, least recently used first.
         self._idle: dict[Group, dict[int, OrderedDict[Block, int]]] = {}
+        self.num_idle: dict[Group, int] = {}
+        """Unreferenced blocks by layout."""
         self._clock = 0
 
     def get(self, group: Group, block_hash: int) -> Block | None:
@@ -76,14 +78,21 @@ class PrefixIndex:
     def park(self, block: Block) -> None:
         """The last reference went away: keep it as the most recently used of its level."""
         self._clock += 1
-        levels = self._idle.setdefault(block.group, {})
-        levels.setdefault(block.level, OrderedDict())[block] = self._clock
+        group, level = block.group, block.level
+        levels = self._idle.get(group)
+        if levels is None:
+            levels = self._idle[group] = {}
+        blocks = levels.get(level)
+        if blocks is None:
+            blocks = levels[level] = OrderedDict()
+        blocks[block] = self._clock
+        self.num_idle[group] = self.num_idle.get(group, 0) + 1
 
     def use(self, block: Block) -> None:
         """A reference came (back): it is no candidate for eviction."""
         levels = self._idle.get(block.group)
-        if levels and block.level in levels:
-            levels[block.level].pop(block, None)
+        if levels and block.level in levels and levels[block.level].pop(block, None) is not None:
+            self.num_idle[block.group] -= 1
 
     def victim(self, rank: int) -> Block | None:
         """The next block to evict for room on `rank`: lowest tier first, then longest unused."""

@@ -39,6 +39,28 @@ class UnitPool:
         self._take(start, 1 << order)
         return start
 
+    def alloc_many(self, order: int, count: int) -> list[int] | None:
+        """`count` times `alloc`, or nothing when they are not all to be had."""
+        if count << order > self.num_free:
+            return None
+        free = self.free[order]
+        if len(free) >= count:  # nothing to split
+            refs, width = self.refs, 1 << order
+            starts = [free.popitem()[0] for _ in range(count)]
+            for start in starts:
+                refs[start : start + width] = [1] * width
+            self.num_free -= count << order
+            return starts
+        starts: list[int] = []
+        while len(starts) < count:
+            start = self.alloc(order)
+            if start is None:
+                for taken in reversed(starts):
+                    self.release(taken, 1 << order)
+                return None
+            starts.append(start)
+        return starts
+
     def claim(self, start: int, order: int) -> bool:
         """Take exactly this free block, wherever it lies inside a larger one; False if in use."""
         found, block = order, start
@@ -66,6 +88,11 @@ class UnitPool:
     def release(self, start: int, count: int) -> None:
         """One reference less; units without any return to the pool and merge with free buddies."""
         refs = self.refs
+        if count == 1 == refs[start] and not self.max_order:
+            refs[start] = 0
+            self.num_free += 1
+            self.free[0][start] = None
+            return
         if count == 1 or all(n == 1 for n in refs[start : start + count]):
             assert refs[start] > 0, f"unit {start} is free already"
             shared = refs[start] - 1
