@@ -61,7 +61,8 @@ class SimResult:
     reports: list[SwitchReport] = field(default_factory=list[SwitchReport])
     sim_s: float = 0.0
     """Virtual seconds."""
-    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of the one core that simulated."""
     num_turns: int = 0
     num_submitted: int = 0
     num_unfinished: int = 0
@@ -73,8 +74,8 @@ class SimResult:
 
     @property
     def speedup(self) -> float:
-        """Virtual seconds per second."""
-        return self.sim_s / self.wall_s if self.wall_s > 0 else 0.0
+        """Virtual seconds per second of one core."""
+        return self.sim_s / self.cpu_s if self.cpu_s > 0 else 0.0
 
 
 Progress = Callable[[float, int], None]
@@ -121,7 +122,7 @@ class Simulation:
 
         Raises `SimulationStuck` when requests wait although nothing is under way.
         """
-        started_s = time.perf_counter()
+        started_s = time.process_time()
         while (at_s := self._next_s()) < float("inf"):
             if self.feed.next_s == float("inf") and at_s > self._last_s:
                 break
@@ -130,7 +131,7 @@ class Simulation:
             if progress is not None and self.clock.now() >= self._progress_s:
                 self._progress_s = self.clock.now() + 1.0
                 progress(self.clock.now(), len(self.core.sequences))
-        self._sum_up(time.perf_counter() - started_s)
+        self._sum_up(time.process_time() - started_s)
         return self.result
 
     # -- one event --
@@ -184,9 +185,9 @@ class Simulation:
         if now - self.core.last_step_s > _STUCK_S and self.core.sequences:
             raise SimulationStuck(now, len(self.core.sequences))
 
-    def _sum_up(self, wall_s: float) -> None:
+    def _sum_up(self, cpu_s: float) -> None:
         result, now = self.result, self.clock.now()
-        result.sim_s, result.wall_s = now, wall_s
+        result.sim_s, result.cpu_s = now, cpu_s
         result.num_submitted = self.feed.num_submitted
         result.num_unfinished = len(self.core.sequences)
         result.busy_share = [busy / now if now else 0.0 for busy in self.executor.busy_s]
