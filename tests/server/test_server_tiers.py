@@ -75,6 +75,14 @@ def test_one_downgraded_answer_of_two_is_not_called_priority(checkpoint: Path) -
     assert bench.chat(service_tier="priority", n=2).json()["service_tier"] == "default"
 
 
+@pytest.mark.parametrize("text", ["größer\r\nx: y", "漢"])
+def test_odd_reasons_do_not_break_headers(checkpoint: Path, text: str) -> None:
+    bench = Bench(checkpoint, FakeEngineClient(tier=lambda r: ("default", text))).says("x")
+    response = bench.chat(service_tier="priority")
+    assert response.status_code == 200
+    assert response.headers["x-nitsum-reason"].isascii()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_headers_of_the_response(bench: Bench, stream: bool) -> None:
     headers = bench.says("x").chat(stream=stream).headers
@@ -140,6 +148,6 @@ def test_bad_headers_are_named(bench: Bench, header: str, value: str) -> None:
 
 def test_cached_tokens_are_reported(checkpoint: Path) -> None:
     bench = Bench(checkpoint, FakeEngineClient(num_cached=3)).says("x")
-    for fields in ({}, {"n": 2}):
-        usage = bench.chat(**fields).json()["usage"]
+    for n in (1, 2):
+        usage = bench.chat(n=n).json()["usage"]
         assert usage["prompt_tokens_details"] == {"cached_tokens": 3}

@@ -49,12 +49,12 @@ async def chat_completions(http: HttpRequest) -> Response:
     body = parse_body(await read_body(http), ChatBody, CHAT_REFUSED)
     service.check_model(body.model)
     service.check_accepting()
+    check_common(body, service.limits)
     job = await _job(http, service, body)
     return await respond(http, service, body, job, ChatShape(service.codec, body))
 
 
 async def _job(http: HttpRequest, service: Service, body: ChatBody) -> Job:
-    check_common(body, service.limits)
     caller = service.caller(http, body)
     template = chat_template(service.codec)
     tools = offered_tools(body, template)

@@ -26,6 +26,7 @@ async def completions(http: HttpRequest) -> Response:
     body = parse_body(await read_body(http), CompletionBody, COMPLETION_REFUSED)
     service.check_model(body.model)
     service.check_accepting()
+    check_common(body, service.limits)
     _check_combinations(body, service.codec)
     prompts = await _prompts(service, body)
     job = _job(http, service, body, [tokens for tokens, _ in prompts])
@@ -54,8 +55,13 @@ def _check_combinations(body: CompletionBody, codec: TextCodec) -> None:
 
 async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[int], str]]:
     """Tokens and text of each prompt."""
+    prompts = split_prompts(body.prompt)
+    if len(prompts) * (body.n or 1) > service.settings.max_choices:
+        raise bad_request(
+            f"Prompts times n must be at most {service.settings.max_choices}. Send fewer.", "prompt"
+        )
     found: list[tuple[list[int], str]] = []
-    for prompt in split_prompts(body.prompt):
+    for prompt in prompts:
         if isinstance(prompt, str):
             tokens = await service.encode(prompt, add_special_tokens=True, param="prompt")
             found.append((service.check_prompt(tokens, "prompt"), prompt))
@@ -83,13 +89,8 @@ def split_prompts(prompt: str | list[str | int | list[int]] | None) -> list[str 
 def _job(
     http: HttpRequest, service: Service, body: CompletionBody, prompts: Sequence[list[int]]
 ) -> Job:
-    check_common(body, service.limits)
     caller = service.caller(http, body)
     num_copies = body.n or 1
-    if len(prompts) * num_copies > service.settings.max_choices:
-        raise bad_request(
-            f"Prompts times n must be at most {service.settings.max_choices}. Send fewer.", "prompt"
-        )
     rooms = [room_for_answer(len(prompt), service.limits, "prompt") for prompt in prompts]
     params = [sampling_params(body, room, service.limits) for room in rooms]
     job_id = new_id("cmpl")

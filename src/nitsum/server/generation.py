@@ -58,9 +58,10 @@ class Job:
         output = self.first_output
         if output is not None:
             headers["x-nitsum-queue-ms"] = str(round(output.queue_s * 1000))
-            headers |= {"x-nitsum-plan": output.plan} if output.plan else {}
-            headers |= {"x-nitsum-lane": output.lane} if output.lane else {}
-            headers |= {"x-nitsum-reason": _header_text(output.reason)} if output.reason else {}
+            told = {"plan": output.plan, "lane": output.lane, "reason": output.reason}
+            headers |= {
+                f"x-nitsum-{name}": _header_text(text) for name, text in told.items() if text
+            }
         return headers
 
 
