@@ -99,6 +99,7 @@ class Sequence:
         "num_restarts",
         "num_sampling",
         "request",
+        "request_id",
         "slot",
         "state",
         "tier",
@@ -108,6 +109,7 @@ class Sequence:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.request_id = request.request_id
         self.tokens: list[int] = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.num_dispatched = 0
@@ -135,10 +137,6 @@ class Sequence:
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self.finish_reason: FinishReason | None = None
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
 
     @property
     def num_output(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nitsum.engine.generation import Generation
 from nitsum.engine.lanes import StepInFlight
@@ -14,13 +16,12 @@ from nitsum.messages import StepDone, TokenLogprobs
 from nitsum.request import FinishReason, SeqState, Sequence
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token as it came from a worker."""
 
     token: int
-    logprobs: TokenLogprobs | None
-    logits: bytes | None
+    logprobs: TokenLogprobs | None = None
+    logits: bytes | None = None
 
 
 @dataclass
@@ -38,19 +39,19 @@ class Committer:
         """Every chunk of the step: confirm its positions, take its token."""
         counts: list[tuple[str, int]] = []
         drawn = iter(_drawn(done))
+        size = generation.kv.arena.block_tokens
         for chunk, restarts in zip(step.chunks, step.restarts, strict=True):
-            sequence = chunk.sequence
-            token = next(drawn) if chunk.samples else None
-            if sequence.is_finished:
+            sequence, start, num_tokens, samples = chunk
+            token = next(drawn) if samples else None
+            if sequence.state is SeqState.FINISHED:
                 continue
-            if restarts == sequence.num_restarts:
-                end = chunk.start + chunk.num_tokens
-                sequence.num_computed = max(sequence.num_computed, end)
+            end = start + num_tokens
+            if restarts == sequence.num_restarts and end > sequence.num_computed:
+                sequence.num_computed = end
             if token is not None:
-                self.early[sequence.request_id][chunk.start + chunk.num_tokens] = token
-                count = self._take_tokens(generation, sequence)
-                counts.append((sequence.request_id, count))
-            self._register(generation, sequence)
+                counts.append((sequence.request_id, self._take(generation, sequence, end, token)))
+            if num_tokens > 1 or not end % size:  # else no block became full
+                self._register(generation, sequence)
         generation.emit(
             StepEnded(
                 at_s=generation.now(),
@@ -81,17 +82,23 @@ class Committer:
             )
         )
 
-    def _take_tokens(self, generation: Generation, sequence: Sequence) -> int:
-        """Append tokens in position order, as far as they are here; how many were taken."""
-        early = self.early[sequence.request_id]
-        count = 0
-        while not sequence.is_finished and len(sequence.tokens) in early:
-            drawn = early.pop(len(sequence.tokens))
-            sequence.tokens.append(drawn.token)
-            sequence.num_sampling -= 1
+    def _take(self, generation: Generation, sequence: Sequence, end: int, drawn: Drawn) -> int:
+        """Append the token after `end` positions, and those it let wait; how many were taken."""
+        if end != len(sequence.tokens):
+            self.early[sequence.request_id][end] = drawn
+            return 0
+        count = 1
+        self._append(generation, sequence, drawn)
+        waiting = self.early.get(sequence.request_id)
+        while waiting and len(sequence.tokens) in waiting and not sequence.is_finished:
             count += 1
-            self._deliver(generation, sequence, drawn)
+            self._append(generation, sequence, waiting.pop(len(sequence.tokens)))
         return count
+
+    def _append(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
+        sequence.tokens.append(drawn.token)
+        sequence.num_sampling -= 1
+        self._deliver(generation, sequence, drawn)
 
     def _deliver(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
         now = generation.now()
@@ -99,15 +106,13 @@ class Committer:
         if sequence.first_token_s is None:
             sequence.first_token_s = now
         reason = end_of(sequence)
+        sequence.finish_reason = reason
         if reason is not None:
             self._register(generation, sequence)
-            plan = generation.switcher.plan.name
-            sequence.finish_reason = reason
-            self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
+        plan = generation.switcher.plan.name
+        self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
+        if reason is not None:
             self.finish(generation, sequence, reason)
-        else:
-            plan = generation.switcher.plan.name
-            self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
 
     def _register(self, generation: Generation, sequence: Sequence) -> None:
         """Full blocks whose tokens are known and whose KV is confirmed may be shared."""
@@ -133,14 +138,16 @@ def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> Non
 
 def end_of(sequence: Sequence) -> FinishReason | None:
     """Why the sequence ends with its last token, if it does."""
-    sampling = sequence.request.sampling
+    sampling, num_output = sequence.request.sampling, sequence.num_output
     is_stop = sequence.tokens[-1] in sampling.stop_token_ids
-    if is_stop and sequence.num_output >= max(1, sampling.min_tokens):
+    if is_stop and num_output >= max(1, sampling.min_tokens):
         return "stop"
-    return "length" if sequence.num_output >= sampling.max_tokens else None
+    return "length" if num_output >= sampling.max_tokens else None
 
 
-def _drawn(done: StepDone) -> list[Drawn]:
+def _drawn(done: StepDone) -> Iterable[Drawn]:
+    if not done.logprobs and not done.logits:
+        return map(Drawn, done.tokens)
     logprobs = done.logprobs or [None] * len(done.tokens)
     logits = done.logits or [None] * len(done.tokens)
     return [Drawn(*entry) for entry in zip(done.tokens, logprobs, logits, strict=True)]

@@ -49,12 +49,13 @@ class RankLoad:
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
+        in_flight, held = self.num_in_flight, self.held
         ranks = loop.lane.ranks
-        free = [r for r in ranks if self.num_in_flight[r] < STEPS_AHEAD and r not in self.held]
-        if len(free) == len(ranks):
-            return True
-        self.held.update(ranks)
-        return False
+        for rank in ranks:
+            if in_flight[rank] >= STEPS_AHEAD or rank in held:
+                held.update(ranks)
+                return False
+        return True
 
     def add(self, loop: LaneLoop, count: int) -> None:
         for rank in loop.lane.ranks:

@@ -255,7 +255,9 @@ class Recorder:
             step.num_tokens_out += num_tokens
             record = self.requests.get(request_id)
             if record is not None:
-                record.token_times.extend([event.at_s] * num_tokens)
+                times = record.token_times
+                for _ in range(num_tokens):
+                    times.append(event.at_s)
         self.steps.append(step)
 
     # -- switches --
