@@ -161,6 +161,60 @@ class Evicted(Event, frozen=True, kw_only=True):
     num_blocks: int
 
 
+class PlanScored(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan as a decision saw it."""
+
+    plan: str
+    value: float
+    """Predicted requests per second that meet their targets, weighted by tier."""
+    feasible_per_s: dict[str, float]
+    """The same by tier, unweighted."""
+    switch_cost: float = 0.0
+    """Value per second lost by going there, spread over the expected dwell."""
+
+
+class TierObserved(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one tier that a decision was made for."""
+
+    rate_per_s: float
+    prompt_tokens: float
+    output_tokens: float
+    num_waiting: int
+
+
+class PlanDecided(Event, frozen=True, kw_only=True):
+    """The controller looked at every plan; `chosen` may be the one in force."""
+
+    decision: int
+    plan: str
+    """In force when it was decided."""
+    chosen: str
+    reason: str
+    trigger: str
+    """window, burst or mix."""
+    scores: list[PlanScored]
+    """Of all plans, the best first."""
+    load: dict[str, TierObserved]
+    expected_dwell_s: float
+    correction: dict[int, float] = {}
+    """Realised over predicted step times by degree."""
+
+
+class PlanJudged(Event, frozen=True, kw_only=True):
+    """Looking back at a decision: plans scored on what really arrived until the next one."""
+
+    decision: int
+    plan: str
+    best: str
+    regret: float
+    """Value per second by which `best` would have been ahead."""
+    predicted_per_s: float
+    """Requests per second that were to meet their targets, of those that were decided for."""
+    realised_per_s: float
+    """Requests that did, by their targets, over the time judged."""
+    duration_s: float
+
+
 class GenerationStarted(Event, frozen=True, kw_only=True):
     """Workers were (re)started; `num_replayed` requests go on from prompt plus tokens so far."""
 
@@ -187,6 +241,8 @@ AnyEvent = (
     | WaveRolledBack
     | SwitchEnded
     | Evicted
+    | PlanDecided
+    | PlanJudged
     | GenerationStarted
 )
 

@@ -16,6 +16,8 @@ from nitsum.events import (
     Evicted,
     Finished,
     GenerationStarted,
+    PlanDecided,
+    PlanJudged,
     Promoted,
     Refused,
     Resumed,
@@ -159,6 +161,7 @@ class Recorder:
         self.switches: list[SwitchRecord] = []
         self.num_evicted_blocks = 0
         self.restarts: list[GenerationStarted] = []
+        self.decisions: list[PlanDecided | PlanJudged] = []
         self.last_s = 0.0
         self._sent: dict[int, StepSent] = {}
         for event in events:
@@ -177,6 +180,8 @@ class Recorder:
                 self._refused(event)
             case GenerationStarted():
                 self.restarts.append(event)
+            case PlanDecided() | PlanJudged():
+                self.decisions.append(event)
             case Evicted():
                 self.num_evicted_blocks += event.num_blocks
             case SwitchStarted() | WaveProposed() | WaveCommitted() | WaveRolledBack():

@@ -1,0 +1,347 @@
+"""What a plan would serve of a load: requests per second that meet their targets, by tier.
+
+Three steps, each a few multiplications:
+
+    capacity    of one lane for one tier: the largest batch (in the tier's ratio of prompt to answer
+                tokens) whose step keeps within the bound of the tightest tier present, the slots,
+                the tokens of a step and the KV; requests per second at that batch
+    filling     tiers by level into the lanes that serve them; what one leaves over the next gets.
+                Lanes that share ranks share their time
+    attainment  of the time to first token: an M/G/m queue whose wait has an exponential tail
+
+The numbers rank plans; they are estimates, and say so where they are printed. Lanes of equal
+degree, tiers and role are one class, so the work does not grow with the number of GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from typing import NamedTuple
+
+from nitsum.control.load import Load, TierLoad
+from nitsum.control.steps import StepTimes
+from nitsum.plan import Lane, Plan, Role
+
+STEPS_BEFORE = 1.5
+"""Steps under way that a new request waits for: one runs, one may be queued behind it."""
+FULL = 0.98
+"""Utilisation above which a queue counts as growing without end."""
+BOUND_SHARE = 0.95
+"""Of a target that the mean step may take, so that most requests stay below the target."""
+DECODE_PATIENCE_S = 3600.0
+_NUM_HALVINGS = 6
+SHED_AT = 0.9
+"""In overload requests that are late anyway give way, so those in time see a queue like this."""
+
+
+class Limits(NamedTuple):
+    """What bounds a lane beside time."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    kv_tokens: Callable[[int], float]
+    """KV room of a lane with ranks of its own, by degree, tokens."""
+
+
+class LaneClass(NamedTuple):
+    """Lanes of a plan that are alike."""
+
+    degree: int
+    num_lanes: int
+    tiers: tuple[str, ...]
+    role: Role
+
+    def serves(self, tier: str) -> bool:
+        return not self.tiers or tier in self.tiers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A plan as the score sees it: classes, and which share of a class's ranks another covers."""
+
+    name: str
+    classes: tuple[LaneClass, ...]
+    cover: tuple[tuple[float, ...], ...]
+    """cover[a][b]: share of b's ranks that also belong to a lane of a; 1 for a == b."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> Shape:
+        by_class: dict[tuple[int, tuple[str, ...], Role], list[Lane]] = {}
+        for lane in plan.lanes:
+            by_class.setdefault((lane.degree, lane.tiers, lane.role), []).append(lane)
+        ranks = [{r for lane in lanes for r in lane.ranks} for lanes in by_class.values()]
+        cover = tuple(tuple(len(a & b) / len(b) for b in ranks) for a in ranks)
+        classes = tuple(
+            LaneClass(degree, len(lanes), tiers, role)
+            for (degree, tiers, role), lanes in by_class.items()
+        )
+        return cls(plan.name, classes, cover)
+
+
+class Capacity(NamedTuple):
+    """One lane serving one tier only, as fast as it may."""
+
+    rate_per_s: float
+    step_s: float
+    num_decode: float
+    bound: str
+    """What keeps it from more: targets, slots, step tokens, kv, too slow."""
+
+
+NOTHING = Capacity(0.0, 0.0, 0.0, "too slow")
+
+
+class TierScore(NamedTuple):
+    """What one tier gets of a plan."""
+
+    tier: str
+    rate_per_s: float
+    """Arrivals, those that wait already spread over the horizon."""
+    served_per_s: float
+    feasible_per_s: float
+    """Of these, requests that meet their targets."""
+    utilisation: float
+    """Of the lanes that serve it, by it and more urgent tiers."""
+    ttft_p99_s: float
+    tpot_s: float
+    bound: str
+
+
+class PlanScore(NamedTuple):
+    plan: str
+    value: float
+    """Feasible requests per second, weighted by the tiers' values: what plans are compared by."""
+    tiers: tuple[TierScore, ...]
+    utilisation: float
+    """Of the busiest class of lanes."""
+
+    @property
+    def feasible_per_s(self) -> float:
+        return sum(tier.feasible_per_s for tier in self.tiers)
+
+
+class Scorer:
+    """Scores plans for one load after another; remembers capacities while the load is the same."""
+
+    def __init__(self, steps: StepTimes, limits: Limits, horizon_s: float = 10.0) -> None:
+        self.steps = steps
+        self.limits = limits
+        self.horizon_s = horizon_s
+        """In which requests that wait already are to be served."""
+        self._load: Load = ()
+        self._capacities: dict[tuple[int, str, int], Capacity] = {}
+
+    def score(self, plan: Plan | Shape, load: Load) -> PlanScore:
+        """Tiers of `load` must come by level, the most urgent first."""
+        if load is not self._load:
+            self._load = load
+            self._capacities.clear()
+        shape = plan if isinstance(plan, Shape) else Shape.of(plan)
+        filling = _Filling(self, shape)
+        tiers = tuple(filling.add(tier) for tier in load)
+        values = {tier.tier: tier.value for tier in load}
+        value = sum(values[tier.tier] * tier.feasible_per_s for tier in tiers)
+        return PlanScore(shape.name, value, tiers, max(filling.used, default=0.0))
+
+    def capacity(self, degree: int, load: TierLoad, bound_s: float) -> Capacity:
+        """At steps of at most `bound_s` seconds."""
+        key = (degree, load.tier, int(bound_s * 1e4))
+        found = self._capacities.get(key)
+        if found is None:
+            found = self._capacities[key] = self._capacity(degree, load, bound_s)
+        return found
+
+    def _capacity(self, degree: int, load: TierLoad, bound_s: float) -> Capacity:
+        room, bound = self._room(degree, load)
+        step_s = self._step_s(degree, load, room)
+        if step_s > bound_s:
+            low, low_s, high = 0.0, 0.0, room
+            bound = "targets"
+            for _ in range(_NUM_HALVINGS):
+                # Between a batch of nothing and a full one, orders of magnitude lie: halve ratios.
+                middle = sqrt(low * high) if low else high / 8.0
+                middle_s = self._step_s(degree, load, middle)
+                if middle_s <= bound_s:
+                    low, low_s = middle, middle_s
+                else:
+                    high = middle
+            room, step_s = low, low_s
+        if room * load.output_tokens < 0.05 or step_s <= 0.0:
+            return NOTHING
+        return Capacity(room / step_s, step_s, room * load.output_tokens, bound)
+
+    def _room(self, degree: int, load: TierLoad) -> tuple[float, str]:
+        """Requests' worth of tokens one step may hold at most, and what says so."""
+        limits = self.limits
+        return min(
+            (limits.max_num_seqs / load.output_tokens, "slots"),
+            (limits.max_batch_tokens / (load.output_tokens + load.prompt_tokens), "step tokens"),
+            (
+                limits.kv_tokens(degree) / load.mean_context_tokens / load.output_tokens,
+                "kv",
+            ),
+        )
+
+    def _step_s(self, degree: int, load: TierLoad, requests: float) -> float:
+        """The step that does `requests` prompts and as many answers' tokens."""
+        num_decode = requests * load.output_tokens
+        prefill = requests * load.prompt_tokens
+        context = num_decode * load.mean_context_tokens
+        return self.steps.seconds(degree, num_decode, context, prefill, load.prompt_tokens / 2)
+
+
+def bound_of(load: TierLoad) -> float:
+    """Longest mean step under which the tier's answers are in time."""
+    if load.tpot_s is not None:
+        return load.tpot_s * BOUND_SHARE
+    patience_s = load.deadline_s or DECODE_PATIENCE_S
+    return patience_s / 2 / load.output_tokens
+
+
+class _Filling:
+    """The state while tiers are put into a plan's lanes."""
+
+    def __init__(self, scorer: Scorer, shape: Shape) -> None:
+        self.scorer = scorer
+        self.shape = shape
+        num = len(shape.classes)
+        self.used = [0.0] * num
+        """Share of time that each class's lanes work for the tiers added so far."""
+        self.bound_s = [DECODE_PATIENCE_S] * num
+        """The tightest bound among tiers that are in each class."""
+        self.presence = [0.0] * num
+        """Chance that a request which sets that bound is there."""
+        self.step_s = [0.0] * num
+
+    def add(self, load: TierLoad) -> TierScore:
+        scorer, shape = self.scorer, self.shape
+        rate = load.rate_per_s + load.num_waiting / scorer.horizon_s
+        places = self._places(load)
+        capacities = [self._capacity(c, load) for c in places]
+        left = [self._left(c) for c in places]
+        rates = [
+            shape.classes[c].num_lanes * capacity.rate_per_s * room
+            for c, capacity, room in zip(places, capacities, left, strict=True)
+        ]
+        total = sum(rates)
+        if total <= 0.0 or rate <= 0.0:
+            slow = next((c.bound for c in capacities if not c.rate_per_s), "no lane")
+            bound = slow if total <= 0.0 else ""
+            return TierScore(load.tier, rate, 0.0, 0.0, 1.0 if rate else 0.0, 0.0, 0.0, bound)
+        share = rate / total
+        feasible = ttft = tpot = 0.0
+        for c, capacity, room, of_class in zip(places, capacities, left, rates, strict=True):
+            if of_class <= 0.0:
+                continue
+            met, ttft_s = self._attained(c, load, capacity, room, share)
+            served = rate * of_class / total
+            feasible += min(served, of_class * FULL) * met
+            ttft, tpot = max(ttft, ttft_s), max(tpot, self._mean_step(c, capacity, share))
+            self._use(c, load, capacity, room * min(1.0, share), served)
+        worst = max(range(len(places)), key=lambda i: rates[i])
+        return TierScore(
+            load.tier,
+            rate,
+            min(rate, total),
+            feasible,
+            max(self.used[c] for c in places),
+            ttft,
+            tpot,
+            capacities[worst].bound,
+        )
+
+    def _places(self, load: TierLoad) -> list[int]:
+        classes = self.shape.classes
+        able = [c for c, lane in enumerate(classes) if lane.role != "decode"]
+        serving = [c for c in able if classes[c].serves(load.tier)]
+        return serving or able
+
+    def _left(self, c: int) -> float:
+        """Share of its time that a class's lanes have left."""
+        used = sum(
+            row[c] * used for row, used in zip(self.shape.cover, self.used, strict=True) if row[c]
+        )
+        return max(0.0, 1.0 - used)
+
+    def _capacity(self, c: int, load: TierLoad) -> Capacity:
+        """As the tiers before it leave it: a tight one that is there keeps the steps short."""
+        degree = self.shape.classes[c].degree
+        own_s = bound_of(load)
+        tight_s, presence = own_s, 0.0
+        for a, row in enumerate(self.shape.cover):
+            if not row[c] or not self.presence[a]:
+                continue
+            # A lane over the same ranks takes turns: both steps have to fit.
+            bound_s = self.bound_s[a] - (0.0 if a == c else self.step_s[a])
+            if bound_s < tight_s:
+                tight_s, presence = bound_s, self.presence[a] * row[c]
+        free = self.scorer.capacity(degree, load, own_s)
+        if not presence:
+            return free
+        tight = self.scorer.capacity(degree, load, max(tight_s, 0.0))
+        rate = presence * tight.rate_per_s + (1.0 - presence) * free.rate_per_s
+        return free._replace(rate_per_s=rate) if presence < 0.5 else tight._replace(rate_per_s=rate)
+
+    def _use(
+        self, c: int, load: TierLoad, capacity: Capacity, share: float, rate_per_s: float
+    ) -> None:
+        self.used[c] += share
+        self.step_s[c] = max(self.step_s[c], self._mean_step(c, capacity, share))
+        bound_s = bound_of(load)
+        running = rate_per_s / self.shape.classes[c].num_lanes * load.output_tokens * capacity.step_s
+        if bound_s < self.bound_s[c]:
+            self.bound_s[c] = bound_s
+            self.presence[c] = 1.0 - exp(-running)
+
+    def _mean_step(self, c: int, capacity: Capacity, share: float) -> float:
+        """Between the step of one request and the step at capacity."""
+        if not capacity.rate_per_s:
+            return 0.0
+        alone_s = self.scorer.steps.seconds(self.shape.classes[c].degree, 1.0, 1024.0, 0.0, 0.0)
+        return alone_s + (max(alone_s, capacity.step_s) - alone_s) * min(1.0, share)
+
+    def _attained(
+        self, c: int, load: TierLoad, capacity: Capacity, room: float, share: float
+    ) -> tuple[float, float]:
+        """Share of the class's requests whose first token is in time; P99 of that time."""
+        lane = self.shape.classes[c]
+        busy = min(SHED_AT, 1.0 - room * (1.0 - min(1.0, share)))
+        step_s = self._mean_step(c, capacity, share) + self._other_steps(c)
+        wait_chance = busy ** (sqrt(2.0 * (lane.num_lanes + 1)) - 1.0)
+        service_s = 1.0 / (capacity.rate_per_s * max(room, 0.02))
+        decay_s = service_s * (1.0 + load.prompt_cv2) / 2 / (lane.num_lanes * (1.0 - busy))
+        before_s = STEPS_BEFORE * step_s * busy
+        met = p99 = 0.0
+        for probe in load.probes:
+            own_s = self._prefill_s(lane.degree, probe.prompt_tokens, load, service_s, busy)
+            met += _in_time(probe.ttft_s, own_s + before_s, wait_chance, decay_s)
+            p99 = max(p99, own_s)
+        tail_s = decay_s * log(wait_chance / 0.01) if wait_chance > 0.01 else 0.0
+        return met / max(1, len(load.probes)), p99 + before_s + tail_s
+
+    def _prefill_s(
+        self, degree: int, prompt_tokens: float, load: TierLoad, service_s: float, busy: float
+    ) -> float:
+        """Alone on an idle lane; on a busy one at the pace that its step bound leaves."""
+        alone_s = self.scorer.steps.prefill_s(
+            degree, prompt_tokens, self.scorer.limits.max_batch_tokens
+        )
+        shared_s = service_s * prompt_tokens / load.prompt_tokens
+        return alone_s + max(0.0, shared_s - alone_s) * busy
+
+    def _other_steps(self, c: int) -> float:
+        """Mean steps of lanes that share the ranks and may come first."""
+        return sum(
+            row[c] * self.step_s[a] * min(1.0, self.used[a])
+            for a, row in enumerate(self.shape.cover)
+            if a != c
+        )
+
+
+def _in_time(target_s: float | None, own_s: float, wait_chance: float, decay_s: float) -> float:
+    if target_s is None:
+        return 1.0
+    slack_s = target_s - own_s
+    return 0.0 if slack_s < 0.0 else 1.0 - wait_chance * exp(-slack_s / decay_s)
