@@ -29,6 +29,8 @@ class EngineConfig:
     """Tokens of one KV block."""
     kv_bytes: int = 256 << 20
     """KV arena per rank, bytes; 0 on a GPU means all memory that is left."""
+    gpu_memory_share: float = 0.92
+    """Of a GPU's memory, all that Nitsum takes when `kv_bytes` is 0."""
     max_model_len: int = 0
     """Longest prompt plus answer, tokens; 0 takes the checkpoint's."""
     max_num_seqs: int = 64
@@ -68,6 +70,8 @@ class EngineConfig:
         for name in ("block_tokens", "max_num_seqs", "max_batch_tokens", "precopy_units"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
+        if not 0.0 < self.gpu_memory_share <= 1.0:
+            raise ConfigError("gpu_memory_share must be above 0 and at most 1.")
         if self.max_batch_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) is below max_num_seqs "

@@ -51,6 +51,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_slots: int
     max_model_len: int
     max_batch_tokens: int
+    max_num_seqs: int = 64
+    """Sequences one step may have."""
+    gpu_memory_share: float = 0.92
+    """Of a GPU's memory, all that is taken when `num_units` is 0; the rest stays free."""
     num_threads: int
     seed: int = 0
     """Of dummy weights."""
@@ -114,6 +118,8 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     error: str | None = None
     error_status: int = 500
     error_code: str | None = None
+    retry_after_s: float | None = None
+    """With an error: when to try again."""
     logprobs: list[TokenLogprobs] = []
     logits: list[bytes] = []
     tier: str = "default"

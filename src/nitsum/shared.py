@@ -225,7 +225,7 @@ class Shared:
     rows: tuple[Region, ...]
     progress: Region
     groups: tuple[GroupShared, ...]
-    """In the order of `WorkerSpec.groups`."""
+    """In the order of `WorkerSpec.groups`; GPU ranks have none here."""
 
 
 # --- how much of each a worker's spec asks for ---------------------------------------------------
@@ -250,13 +250,19 @@ def comm_layout(spec: WorkerSpec, geometry: Geometry, group: Group) -> CommLayou
 
 
 def allocate(spec: WorkerSpec, geometry: Geometry) -> Shared:
-    """Fresh memory for the generation of which `spec` describes one rank."""
+    """Fresh memory for the generation of which `spec` describes one rank.
+
+    GPU ranks share memory of their devices, which they map themselves; here, only their progress.
+    """
+    on_host = spec.device == "cpu"
     unit_bytes = geometry.unit_bytes(spec.block_tokens, DTYPE_BYTES[spec.dtype])
+    arena_bytes = spec.num_units * unit_bytes if on_host else 0
+    row_bytes = 4 * spec.max_slots * row_tokens(spec) if on_host else 0
+    layouts = [comm_layout(spec, geometry, group) for group in spec.groups] if on_host else []
     ranks = range(spec.num_ranks)
-    layouts = [comm_layout(spec, geometry, group) for group in spec.groups]
     return Shared(
-        arenas=tuple(Region(spec.num_units * unit_bytes) for _ in ranks),
-        rows=tuple(Region(4 * spec.max_slots * row_tokens(spec)) for _ in ranks),
+        arenas=tuple(Region(arena_bytes) for _ in ranks),
+        rows=tuple(Region(row_bytes) for _ in ranks),
         progress=Region(8 * spec.num_ranks),
         groups=tuple(
             GroupShared(Barrier(layout.degree), Region(layout.size_bytes)) for layout in layouts

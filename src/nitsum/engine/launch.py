@@ -58,6 +58,8 @@ def worker_specs(config: EngineConfig, shape: ModelShape, folder: Path) -> tuple
             max_slots=config.max_slots,
             max_model_len=max_model_len(config, shape),
             max_batch_tokens=config.max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_share=config.gpu_memory_share,
             num_threads=num_threads(config),
             seed=config.seed,
             engine_address=f"ipc://{folder}/engine",

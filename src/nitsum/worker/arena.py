@@ -20,22 +20,23 @@ class Arena:
 
     def __init__(
         self,
-        region: Region,
+        memory: Region | torch.Tensor,
         geometry: Geometry,
         num_units: int,
         block_tokens: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`num_units` is a multiple of the geometry's units per block; raises if the region is
-        too small for them."""
+        """`memory` is a region of bytes, or a flat tensor of `dtype` on any device. `num_units` is
+        a multiple of the geometry's units per block; raises if the memory is too small for them."""
         shape = geometry.shape
         self.num_units = num_units
         self._geometry = geometry
         sizes = (2, shape.num_layers, num_units, geometry.heads_per_unit, block_tokens)
         self._sizes = (*sizes, shape.head_dim)
         count = 2 * shape.num_layers * num_units * self._elements_per_row()
-        flat = torch.frombuffer(region.map(), dtype=dtype, count=count)
-        self._kv = flat.view(self._sizes)
+        if isinstance(memory, Region):
+            memory = torch.frombuffer(memory.map(), dtype=dtype, count=count)
+        self._kv = memory[:count].view(self._sizes)
 
     @property
     def size_bytes(self) -> int:
