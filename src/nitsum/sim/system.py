@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nitsum.config import EngineConfig, Policy
 from nitsum.cost.analytic import AnalyticCost
@@ -16,13 +17,13 @@ from nitsum.cost.memory import MemoryModel, smallest_min_tp
 from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
 from nitsum.kv.cache import ArenaShape
+from nitsum.metrics.targets import Targets, default_targets
 from nitsum.plan import Lane, Plan, PlanSet, default_plans, parse_plan
 from nitsum.shape import Geometry, ModelShape
 from nitsum.tier import DEFAULT_TIERS, Tier
 
 URGENT_TIERS = ("priority", "default")
 PATIENT_TIERS = ("flex", "batch")
-_DTYPE_BYTES = 2
 _USEFUL_TOKENS = 1 << 16
 _LONG_REQUEST_TOKENS = 1 << 13
 
@@ -40,12 +41,19 @@ class Site:
     max_model_len: int = 0
     block_tokens: int = 16
     prefix_cache: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    kv_bytes: int = 0
+    """KV arena of one rank; 0 is what each system's weights leave."""
     cost: CostModel | None = None
     """Instead of the analytic model: a measured table."""
 
     @property
     def num_ranks(self) -> int:
         return self.machine.num_gpus
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def min_tp(self) -> int:
@@ -79,25 +87,33 @@ def build_system(
     """
     min_tp = plans.degrees[0] if min_tp is None else min_tp
     geometry = Geometry(site.shape, plans.max_tp, min_tp)
-    memory = MemoryModel(geometry, site.machine, _DTYPE_BYTES)
-    if memory.lane_tokens(plans.degrees[0]) < site.block_tokens:
+    arena = _arena(site, name, plans, geometry)
+    cost = site.cost or AnalyticCost(
+        site.shape, site.machine, max_tp=plans.max_tp, min_tp=min_tp, dtype_bytes=site.dtype_bytes
+    )
+    config = _config(site, plans, policy, min_tp, arena.num_units * arena.unit_bytes)
+    return System(name, config, arena, cost)
+
+
+def _arena(site: Site, name: str, plans: PlanSet, geometry: Geometry) -> ArenaShape:
+    """What the weights leave for KV on every rank, in units."""
+    memory = MemoryModel(geometry, site.machine, site.dtype_bytes)
+    arena_bytes = site.kv_bytes or memory.arena_bytes
+    unit_bytes = geometry.unit_bytes(site.block_tokens, site.dtype_bytes)
+    num_units = max(0, arena_bytes) // unit_bytes
+    if num_units < geometry.units_per_page(plans.degrees[0]):
         raise ConfigError(
             f"{name}: {site.model} leaves a TP{plans.degrees[0]} lane on {site.machine} no room "
             "for KV. Use wider lanes, a larger --min-tp or larger GPUs."
         )
-    unit_bytes = geometry.unit_bytes(site.block_tokens, _DTYPE_BYTES)
-    arena = ArenaShape(
+    return ArenaShape(
         num_ranks=site.num_ranks,
-        num_units=memory.arena_bytes // unit_bytes,
+        num_units=num_units,
         units_per_block=geometry.num_units,
         block_tokens=site.block_tokens,
         min_degree=plans.degrees[0],
         unit_bytes=unit_bytes,
     )
-    cost = site.cost or AnalyticCost(
-        site.shape, site.machine, max_tp=plans.max_tp, min_tp=min_tp, dtype_bytes=_DTYPE_BYTES
-    )
-    return System(name, _config(site, plans, policy, min_tp, memory.arena_bytes), arena, cost)
 
 
 def _config(
@@ -108,7 +124,7 @@ def _config(
         plans=plans,
         policy=policy,
         min_tp=min_tp,
-        dtype="bfloat16",
+        dtype=site.dtype,
         block_tokens=site.block_tokens,
         kv_bytes=arena_bytes,
         max_model_len=site.max_model_len or site.shape.max_positions,
@@ -117,6 +133,29 @@ def _config(
         tiers=site.tiers,
         prefix_cache=site.prefix_cache,
     )
+
+
+def site_targets(site: Site) -> Targets:
+    """The default target rule, from lone steps at the smallest degree that is of use."""
+    degree = site.min_tp
+    cost = site.cost or AnalyticCost(
+        site.shape, site.machine, min_tp=degree, dtype_bytes=site.dtype_bytes
+    )
+    kind = "a measured table" if site.cost else "the analytic cost model"
+    return default_targets(cost, degree, f"{site.model} on {site.machine}, TP{degree}, {kind}")
+
+
+def held_to(tiers: tuple[Tier, ...], targets: Targets) -> tuple[Tier, ...]:
+    """Tiers that promise what the run is judged by; TTFT follows with every request."""
+    return tuple(_held_to(tier, targets) for tier in tiers)
+
+
+def _held_to(tier: Tier, targets: Targets) -> Tier:
+    rule = targets.tiers.get(tier.name)
+    if rule is None:
+        return tier
+    ttft_s = None if rule.k is None else targets.least_ttft_s
+    return replace(tier, ttft_s=ttft_s, tpot_s=rule.tpot_s, deadline_s=rule.deadline_s)
 
 
 # --- the systems of a comparison -----------------------------------------------------------------
