@@ -293,3 +293,35 @@ def test_one_failed_answer_of_two_fails_the_call_and_ends_the_other(checkpoint: 
     bench = Bench(checkpoint, FakeEngineClient(refuse=refuse))
     assert bench.says("the quick " * 20).chat(n=2).status_code == 429
     assert bench.engine.aborted == [bench.engine.requests[0].request_id]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_the_context_has_left_are_refused(bench: Bench, field: str) -> None:
+    room = MAX_MODEL_LEN - len(bench.ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"))
+    error = error_of(bench.chat(**{field: room + 1}))
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert str(room) in error["message"]
+    assert bench.engine.requests == []
+    bench.says("x").chat(**{field: room})
+    assert bench.sent.sampling.max_tokens == room
+
+
+def test_text_completions_name_max_tokens_too(bench: Bench) -> None:
+    assert error_of(bench.complete("x", max_tokens=MAX_MODEL_LEN))["param"] == "max_tokens"
+    long = [1] * (MAX_MODEL_LEN - 3)
+    bench.says("x").complete(long)
+    assert bench.sent.sampling.max_tokens == 3, "left out, it is what is left, at most 16"
+
+
+def test_the_engine_says_when_to_come_back(checkpoint: Path) -> None:
+    def refuse(request: Request) -> Output:
+        return Output(
+            request.request_id,
+            error="flex has no capacity now",
+            error_status=429,
+            error_code="resource_unavailable",
+            retry_after_s=2.25,
+        )
+
+    response = Bench(checkpoint, FakeEngineClient(refuse=refuse)).chat(service_tier="flex")
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("3", "2250")

@@ -154,10 +154,14 @@ def error_of(output: Output) -> ApiError:
         status=status,
         type=_ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
         code=output.error_code,
-        retry_after_s=_RETRY_AFTER_S.get(status),
+        retry_after_s=_retry_after_s(output, status),
     )
 
 
+def _retry_after_s(output: Output, status: int) -> float | None:
+    return _RETRY_AFTER_S.get(status) if output.retry_after_s is None else output.retry_after_s
+
+
 _ERROR_TYPES = {429: "rate_limit_error"}
-# The engine does not know when there will be room: soon enough to use it, not so soon as to storm.
+# Where the engine does not say: soon enough to use room, not so soon as to storm.
 _RETRY_AFTER_S = {429: 1.0, 503: 5.0}

@@ -92,10 +92,31 @@ def stop_strings(body: CommonBody) -> tuple[str, ...]:
     return stops
 
 
-def asked_max_tokens(body: ChatBody | CompletionBody) -> int | None:
+_COMPLETION_TOKENS = 16
+"""What OpenAI's API has as the default of text completions."""
+
+
+def answer_length(body: ChatBody | CompletionBody, room: int, limits: Limits) -> int:
+    """Tokens the answer may have; raises a 400 when the caller wants more than fit."""
+    asked = _asked_max_tokens(body)
+    if asked is None:
+        return min(room, _COMPLETION_TOKENS) if isinstance(body, CompletionBody) else room
+    if asked > room:
+        in_chat = isinstance(body, ChatBody) and body.max_completion_tokens is not None
+        param = "max_completion_tokens" if in_chat else "max_tokens"
+        raise bad_request(
+            f"{param} is {asked}, but the prompt leaves {room} of the {limits.max_model_len} "
+            f"tokens of this model's context. Ask for less, or leave {param} out.",
+            param,
+            "context_length_exceeded",
+        )
+    return asked
+
+
+def _asked_max_tokens(body: ChatBody | CompletionBody) -> int | None:
     """The longest answer the caller wants, None where it leaves that open."""
     if isinstance(body, CompletionBody):
-        return 16 if body.max_tokens is None else body.max_tokens
+        return body.max_tokens
     check_range(body.max_completion_tokens, "max_completion_tokens", 1, _INT32_MAX)
     if body.max_completion_tokens is None:
         return body.max_tokens
@@ -138,8 +159,7 @@ def num_logprobs(body: ChatBody | CompletionBody) -> int | None:
 
 def sampling_params(body: ChatBody | CompletionBody, room: int, limits: Limits) -> SamplingParams:
     """For an answer with room for `room` tokens; `check_common` has passed."""
-    asked = asked_max_tokens(body)
-    max_tokens = room if asked is None else min(asked, room)
+    max_tokens = answer_length(body, room, limits)
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(
