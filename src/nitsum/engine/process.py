@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 import zmq
+from msgspec.structs import replace as replace_fields
 
 from nitsum.clock import MonotonicClock
 from nitsum.config import EngineConfig
@@ -17,8 +18,9 @@ from nitsum.engine.core import Core, max_request_tokens
 from nitsum.engine.ipc import ServerLink
 from nitsum.engine.launch import max_model_len
 from nitsum.engine.process_executor import ProcessExecutor
+from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
-from nitsum.events import EventSink, FileSink, NullSink
+from nitsum.events import FileSink, NullSink
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import (
     Abort,
@@ -98,14 +100,16 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
 
     executor = ProcessExecutor(config, shape, on_progress=on_progress)
     sink = FileSink(config.events_path) if config.events_path else NullSink()
+    tally = Tally(sink, config.num_ranks, plan_memory_bytes(config, shape))
     try:
         workers = executor.start()
+        tally.started(workers)
         arena = arena_of(config, shape, workers)
-        core = Core(config, arena, executor, MonotonicClock(), sink)
+        core = Core(config, arena, executor, MonotonicClock(), tally)
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
         try:
-            loop(core, executor, link, parent, sink)
+            loop(core, executor, link, parent, tally)
         finally:
             link.close()
     finally:
@@ -131,20 +135,20 @@ def arena_of(config: EngineConfig, shape: ModelShape, workers: list[Ready]) -> A
 
 
 def loop(
-    core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection, sink: EventSink
+    core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection, tally: Tally
 ) -> None:
     """Until the parent is gone: wait, receive, turn, send."""
     while True:
         if _wait(core, executor, link, parent):
             return
         for message in link.receive():
-            receive(core, link, message)
+            receive(core, link, message, tally)
         link.send(*core.turn())
-        if not core.has_work and isinstance(sink, FileSink):
-            sink.flush()
+        if not core.has_work:
+            tally.flush()
 
 
-def receive(core: Core, link: ServerLink, message: ToEngine) -> None:
+def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> None:
     match message:
         case Submit(request):
             core.submit(request)
@@ -155,7 +159,9 @@ def receive(core: Core, link: ServerLink, message: ToEngine) -> None:
         case Drain():
             core.drain()
         case GetStatus(op_id):
-            link.send(core.status(op_id))
+            now_s = core.clock.now()
+            status = core.status(op_id)
+            link.send(replace_fields(status, now_s=now_s, tally=tally.report(now_s)))
 
 
 def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection) -> bool:
