@@ -290,7 +290,9 @@ class _Filling:
         self.used[c] += share
         self.step_s[c] = max(self.step_s[c], self._mean_step(c, capacity, share))
         bound_s = bound_of(load)
-        running = rate_per_s / self.shape.classes[c].num_lanes * load.output_tokens * capacity.step_s
+        running = (
+            rate_per_s / self.shape.classes[c].num_lanes * load.output_tokens * capacity.step_s
+        )
         if bound_s < self.bound_s[c]:
             self.bound_s[c] = bound_s
             self.presence[c] = 1.0 - exp(-running)

@@ -86,5 +86,3 @@ def _place(count: float, last: int) -> tuple[int, float]:
         i = last
     knot = 1 << (i - 1)
     return i, (count - knot) / knot
-
-

@@ -17,12 +17,14 @@ from contextlib import suppress
 
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
+from nitsum.control.controller import Controller
 from nitsum.engine.commit import Committer, extend_hashes
 from nitsum.engine.executor import Executor
 from nitsum.engine.generation import Generation
 from nitsum.engine.lanes import LaneLoop, StepInFlight
 from nitsum.engine.outputs import Outbox
 from nitsum.engine.status import status_of
+from nitsum.engine.steering import BothSinks, Steering
 from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied, bad_request
 from nitsum.events import (
     Arrived,
@@ -43,7 +45,6 @@ from nitsum.sched.lane import Composed
 from nitsum.step import BatchShape, batch_shape
 from nitsum.tier import TierSet
 
-
 START_ATTEMPTS = 3
 """Tries to start a new generation of workers before the engine gives up and says so."""
 
@@ -58,12 +59,15 @@ class Core:
         executor: Executor,
         clock: Clock,
         sink: EventSink,
+        controller: Controller | None = None,
     ) -> None:
         self.config = config
         self.arena = arena
         self.executor = executor
         self.clock = clock
-        self.sink = sink
+        self.controller = controller
+        self.sink = sink if controller is None else BothSinks(sink, controller)
+        self._steering = Steering(self)
         self.tiers = TierSet(config.tiers)
         self.admission = Admission(self.tiers)
         self.outbox = Outbox()
@@ -99,11 +103,11 @@ class Core:
         if sequence is not None:
             self.committer.finish(self.generation, sequence, "abort")
 
-    def switch(self, op_id: str, plan: str) -> None:
+    def switch(self, op_id: str, plan: str, reason: str = "asked for") -> None:
         """Go to a plan; the report comes out of `turn` when the switch has ended."""
         switcher = self.generation.switcher
         try:
-            report = switcher.start(op_id, self.config.plans[plan])
+            report = switcher.start(op_id, self.config.plans[plan], reason)
         except (SwitchRefused, ConfigError) as error:
             current = switcher.plan.name
             report = SwitchReport(op_id, current, plan, ok=False, message=str(error))
@@ -136,6 +140,8 @@ class Core:
         try:
             self._collect(self.executor.poll(0.0))
             self._switch()
+            if self.controller is not None:
+                self.controller.tick(self._steering)
             self._dispatch()
         except WorkerDied as death:
             self._restart(death)

@@ -1,0 +1,175 @@
+"""What arrives, by tier: counted over a window, over a shorter one when the load has changed.
+
+A change is a count in the last seconds that the long window's rate would hardly ever give (Poisson,
+three standard deviations). Then only what came since counts: the old mix says nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Literal, NamedTuple
+
+from nitsum.control.load import Load, Sample, TierLoad, by_level, starvation, sum_up
+from nitsum.events import Arrived, Finished, Refused, Started
+from nitsum.tier import Tier, TierSet
+
+MAX_SAMPLES = 256
+USUAL_OUTPUT_TOKENS = 256.0
+"""Assumed of answers while none of the tier has ended."""
+
+Forecast = Literal["none", "trend"]
+
+
+class Waiting(NamedTuple):
+    """Requests of one tier that no step has contained yet."""
+
+    num: int = 0
+    oldest_wait_s: float = 0.0
+
+
+@dataclass
+class TierArrivals:
+    """One tier's recent past."""
+
+    times: deque[float] = field(default_factory=deque[float])
+    samples: deque[Sample] = field(default_factory=lambda: deque[Sample](maxlen=MAX_SAMPLES))
+    output_tokens: float = 0.0
+    """Running mean over answers that ended; 0: none has."""
+    longest_answer: float = 0.0
+    cached_share: float = 0.0
+    changed_s: float = float("-inf")
+    """Since when its rate is what it is."""
+
+    def rate(self, now: float, window_s: float) -> float:
+        span_s = min(window_s, max(now - self.changed_s, 0.5))
+        return self.since(now - span_s) / span_s
+
+    def since(self, start_s: float) -> int:
+        count = 0
+        for at_s in reversed(self.times):
+            if at_s < start_s:
+                break
+            count += 1
+        return count
+
+    @property
+    def mean_output(self) -> float:
+        if self.output_tokens:
+            return self.output_tokens
+        return min(USUAL_OUTPUT_TOKENS, self.longest_answer or USUAL_OUTPUT_TOKENS)
+
+
+class Arrivals:
+    """Folds events into the load of every tier."""
+
+    def __init__(
+        self,
+        tiers: TierSet,
+        *,
+        window_s: float = 15.0,
+        burst_s: float = 3.0,
+        forecast: Forecast = "none",
+        lead_s: float = 5.0,
+    ) -> None:
+        self.tiers = tiers
+        self.window_s = window_s
+        self.burst_s = burst_s
+        self.forecast: Forecast = forecast
+        self.lead_s = lead_s
+        """How far ahead a forecast looks."""
+        self.by_tier: dict[str, TierArrivals] = {}
+        self._prompts: dict[str, int] = {}
+
+    def arrived(self, event: Arrived) -> None:
+        tier = self.by_tier.setdefault(event.tier, TierArrivals())
+        tier.times.append(event.at_s)
+        while tier.times[0] < event.at_s - 4 * self.window_s:
+            tier.times.popleft()
+        tier.samples.append(
+            Sample(event.num_prompt, event.ttft_target_s, event.tpot_target_s, event.deadline_s)
+        )
+        tier.longest_answer = max(tier.longest_answer, event.max_tokens)
+        self._prompts[event.request_id] = event.num_prompt
+
+    def started(self, event: Started, tier: str) -> None:
+        prompt = self._prompts.get(event.request_id)
+        if prompt:
+            known = self.by_tier[tier]
+            known.cached_share += 0.05 * (event.num_cached / prompt - known.cached_share)
+
+    def ended(self, event: Finished | Refused) -> None:
+        known = self.by_tier.get(event.tier)
+        self._prompts.pop(event.request_id, None)
+        if known is None or isinstance(event, Refused) or event.reason not in ("stop", "length"):
+            return
+        weight = 0.05 if known.output_tokens else 1.0
+        known.output_tokens += weight * (event.num_output - known.output_tokens)
+
+    def notice_changes(self, now: float) -> list[str]:
+        """Tiers whose last seconds do not fit their rate; from now on they count alone."""
+        changed: list[str] = []
+        for name, tier in self.by_tier.items():
+            if now - tier.changed_s < 2 * self.burst_s:
+                continue
+            expected = tier.rate(now, self.window_s) * self.burst_s
+            count = tier.since(now - self.burst_s)
+            if abs(count - expected) > 3.0 * sqrt(max(expected, 1.0)):
+                tier.changed_s = now - self.burst_s
+                changed.append(name)
+        return changed
+
+    def load(self, now: float, waiting: dict[str, Waiting] | None = None) -> Load:
+        """What is to be served now: every tier with arrivals or waiting requests."""
+        waiting = waiting or {}
+        loads = [
+            self._tier(self.tiers[name], known, self._rate(known, now), waiting.get(name))
+            for name, known in self.by_tier.items()
+        ]
+        return by_level(load for load in loads if load.rate_per_s > 0 or load.num_waiting)
+
+    def load_between(self, start_s: float, end_s: float) -> Load:
+        """What really arrived (as far back as four windows)."""
+        span_s = max(end_s - start_s, 1e-3)
+        loads = [
+            self._tier(self.tiers[name], known, known.since(start_s) / span_s, None)
+            for name, known in self.by_tier.items()
+        ]
+        return by_level(load for load in loads if load.rate_per_s > 0)
+
+    def _tier(
+        self, tier: Tier, known: TierArrivals, rate_per_s: float, waiting: Waiting | None
+    ) -> TierLoad:
+        num, oldest_s = waiting or Waiting()
+        load = sum_up(
+            tier,
+            known.samples,
+            rate_per_s=rate_per_s,
+            output_tokens=known.mean_output,
+            cached_share=known.cached_share,
+            num_waiting=num,
+        )
+        value = starvation(self.tiers, load, oldest_s)
+        return replace(load, value=load.value * value)
+
+    def _rate(self, known: TierArrivals, now: float) -> float:
+        rate = known.rate(now, self.window_s)
+        if self.forecast == "none":
+            return rate
+        # The trend between the two halves of the window, drawn on; never below half of the rate.
+        half_s = self.window_s / 2
+        newer = known.since(now - half_s)
+        older = known.since(now - self.window_s) - newer
+        slope = (newer - older) / half_s / half_s
+        return max(rate / 2, rate + slope * self.lead_s)
+
+
+def waiting_by_tier(entries: Iterable[tuple[str, float]], now: float) -> dict[str, Waiting]:
+    """From (tier, arrival) of everything that waits."""
+    found: dict[str, Waiting] = {}
+    for tier, arrival_s in entries:
+        num, oldest_s = found.get(tier, Waiting())
+        found[tier] = Waiting(num + 1, max(oldest_s, now - arrival_s))
+    return found
