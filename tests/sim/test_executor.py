@@ -1,0 +1,105 @@
+"""Ranks in virtual time: FIFO order, collectives, moves that wait."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nitsum.clock import VirtualClock
+from nitsum.cost.protocol import FixedCost
+from nitsum.kv.cache import ArenaShape
+from nitsum.messages import Move, MoveDone, Pull, Step, StepDone, Work
+from nitsum.plan import Group
+from nitsum.request import Request, SamplingParams, Sequence
+from nitsum.sim.executor import SimExecutor, work_shape
+from nitsum.step import Chunk, batch_shape
+
+ARENA = ArenaShape(num_ranks=2, num_units=64, units_per_block=2, block_tokens=4, unit_bytes=10**8)
+TP1_0, TP1_1, TP2 = Group(1, 0), Group(1, 1), Group(2, 0)
+
+
+def executor(noise: float = 0.0, seed: int = 0) -> SimExecutor:
+    """A token costs a second; 100 MB move in 0.1 s; replies are here at once."""
+    cost, clock = FixedCost(0.0, 1.0), VirtualClock()
+    return SimExecutor(ARENA, cost, clock, host_latency_s=0.0, noise=noise, seed=seed)
+
+
+def send(target: SimExecutor, step_id: int, group: Group, num_tokens: int) -> None:
+    work = [Work(0, 0, num_tokens, True)]
+    target.send(group.ranks, Step(step_id, 0, group, [], [], work))
+
+
+def replies(target: SimExecutor) -> list[tuple[float, object]]:
+    """Everything that comes back, with the time at which it does."""
+    found: list[tuple[float, object]] = []
+    while target.next_reply_s < float("inf"):
+        target.clock.advance_to(target.next_reply_s)
+        found += [(target.clock.now(), reply) for reply in target.poll(0.0)]
+    return found
+
+
+def test_a_step_waits_for_all_its_ranks():
+    target = executor()
+    send(target, 1, TP1_0, 1)
+    send(target, 2, TP1_1, 3)
+    send(target, 3, TP2, 2)
+    send(target, 4, TP1_0, 1)
+    assert replies(target) == [
+        (1.0, StepDone(1, 0, [0], 1.0)),
+        (3.0, StepDone(2, 1, [0], 3.0)),
+        (5.0, StepDone(3, 0, [0], 4.0)),  # two of them waiting for rank 1
+        (6.0, StepDone(4, 0, [0], 1.0)),
+    ]
+    assert target.busy_s == [4.0, 5.0]
+
+
+def test_a_move_waits_for_the_messages_it_names():
+    target = executor()
+    send(target, 1, TP1_0, 2)
+    after = [(0, target.num_sent(0))]
+    send(target, 2, TP1_0, 5)
+    target.send([1], Move(7, [Pull(0, [0, 1, 2], [4, 5, 6])], [], after))
+    send(target, 3, TP1_1, 1)
+    assert [(at_s, type(reply)) for at_s, reply in replies(target)] == [
+        (2.0, StepDone),
+        (pytest.approx(2.3), MoveDone),
+        (pytest.approx(3.3), StepDone),
+        (7.0, StepDone),
+    ]
+
+
+def test_replies_take_the_host_latency_and_nothing_starts_in_the_past():
+    target = executor()
+    target.host_latency_s = 0.25
+    target.clock.advance_to(10.0)
+    send(target, 1, TP1_0, 1)
+    assert target.poll(0.0) == []
+    assert [at_s for at_s, _ in replies(target)] == [11.25]
+    send(target, 2, TP1_0, 1)
+    assert [at_s for at_s, _ in replies(target)] == [12.5]
+
+
+def test_a_new_generation_forgets_the_old_one():
+    target = executor()
+    send(target, 1, TP2, 4)
+    assert len(target.start()) == 2
+    assert (target.num_sent(0), target.next_reply_s) == (0, float("inf"))
+
+
+def test_noise_spreads_around_the_prediction():
+    target = executor(noise=0.5, seed=3)
+    for step_id in range(200):
+        send(target, step_id, TP1_0, 1)
+    lasts = [reply.seconds for _, reply in replies(target)]
+    starts = [0.0]
+    for seconds in lasts:
+        starts.append(starts[-1] + seconds)
+    assert 0.5 <= min(lasts) < 0.6
+    assert 1.4 < max(lasts) <= 1.5
+    assert starts[-1] == pytest.approx(200, rel=0.05)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9), st.booleans()), max_size=8))
+def test_a_step_has_the_same_shape_on_either_side(parts):
+    sequence = Sequence(Request("r", [1], SamplingParams()))
+    chunks = tuple(Chunk(sequence, start, count, samples) for start, count, samples in parts)
+    assert work_shape([Work(0, *part) for part in parts]) == batch_shape(chunks)

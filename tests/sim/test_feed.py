@@ -1,0 +1,97 @@
+"""Hashes instead of tokens, and workloads from a few words."""
+
+import pytest
+
+from nitsum.errors import ConfigError
+from nitsum.metrics.records import Recorder
+from nitsum.sim.feed import Feed, block_hashes
+from nitsum.sim.replay import compare, items_of, pair_figures
+from nitsum.sim.run import Options, simulate
+from nitsum.sim.source import read_source
+from nitsum.workload.generate import generate
+from nitsum.workload.items import Segment, WorkItem
+from tests.sim.kit import item, small_system
+
+
+def prompt(*segments: Segment) -> WorkItem:
+    return WorkItem("r", 0.0, 4, "default", "t", segments)
+
+
+SYSTEM = Segment("system", 40, shared=True)
+
+
+def test_shared_segments_hash_alike_and_what_follows_apart():
+    first = block_hashes(prompt(SYSTEM, Segment("a", 30)), [], 16)
+    second = block_hashes(prompt(SYSTEM, Segment("b", 30)), [], 16)
+    assert len(first) == len(second) == 4
+    assert first[:2] == second[:2]  # 32 of the 40 shared tokens
+    assert not set(first[2:]) & set(second[2:])
+    assert len(set(first)) == 4
+
+
+def test_the_same_segment_after_another_start_is_another_prefix():
+    plain = block_hashes(prompt(SYSTEM), [], 16)
+    later = block_hashes(prompt(Segment("a", 16), SYSTEM), [], 16)
+    assert not set(plain) & set(later)
+
+
+def test_a_short_segment_still_counts_for_what_follows():
+    first = block_hashes(prompt(Segment("a", 5), SYSTEM), [], 16)
+    second = block_hashes(prompt(Segment("b", 5), SYSTEM), [], 16)
+    assert not set(first) & set(second)
+
+
+def test_arrivals_come_in_order_and_not_before_their_time():
+    feed = Feed([item("a", 0.5, 10, 1), item("b", 0.7, 10, 1)], 16, None)
+    assert feed.next_s == 0.5
+    assert [work.request_id for work, _ in feed.due(0.6)] == ["a"]
+    assert feed.next_s == 0.7
+    assert [request.arrival_s for _, request in feed.due(0.7)] == [0.7]
+    assert feed.next_s == float("inf")
+
+
+def test_a_served_run_replayed_under_the_same_conditions_shows_no_error():
+    spec = read_source("synthetic:azure_code", rate_per_s=4.0, duration_s=10.0)
+    system = small_system("TP2", prefix_cache=False, num_blocks=4096)
+    served = simulate(system, generate(spec), options=Options()).recorder
+    start_s = min(record.arrival_s for record in served.requests.values())
+    for record in served.requests.values():  # a run on another clock, as real ones are
+        record.arrival_s += 100.0
+        record.token_times = type(record.token_times)("d", (t + 100.0 for t in record.token_times))
+    again = simulate(system, items_of(served), options=Options()).recorder
+    pairs = compare(served, again)
+    assert [pair.name for pair in pairs] == ["ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"]
+    assert all(pair.num_samples > 20 for pair in pairs)
+    assert all(abs(pair.error) < 1e-6 for pair in pairs)
+    assert min(r.arrival_s for r in again.requests.values()) == pytest.approx(0.0)
+    assert start_s > 0.0
+    assert pair_figures(pairs)["sim_error_ttft_p99_share"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_slower_machine_shows_as_an_error():
+    fast = small_system("TP2", prefix_cache=False)
+    items = [item(f"r{i}", float(i), 64, 8) for i in range(8)]
+    served = simulate(fast, items).recorder
+    noisy = simulate(fast, items, options=Options(host_latency_s=0.02)).recorder
+    errors = {pair.name: pair.error for pair in compare(served, noisy)}
+    assert errors["ttft_p50_s"] > 0.5
+    assert compare(served, Recorder()) == []
+
+
+def test_words_become_workloads(tmp_path):
+    trace = tmp_path / "t.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:00:00.0,100,5\n2023-11-16 18:00:08.0,200,6\n"
+    )
+    items = list(generate(read_source(str(trace), rate_per_s=4.0, tiers={"batch": 1.0})))
+    assert [(work.at_s, work.num_prompt, work.tier) for work in items] == [
+        (0.0, 100, "batch"),
+        (2.0, 200, "batch"),
+    ]
+    assert read_source("mix:flip", duration_s=200.0).phases[-1].at_s == 150.0
+    assert read_source("mix:calm").duration_s == 600.0
+    with pytest.raises(ConfigError, match=r"synthetic:LENGTHS"):
+        read_source("nowhere.csv")
+    with pytest.raises(ConfigError, match=r"azure_code"):
+        list(generate(read_source("synthetic:unheard")))
