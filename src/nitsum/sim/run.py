@@ -17,16 +17,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nitsum.clock import VirtualClock
+from nitsum.control.controller import Controller
+from nitsum.control.score import Limits, Scorer
+from nitsum.control.steps import StepTimes
 from nitsum.engine.core import Core
 from nitsum.errors import NitsumError
 from nitsum.events import AnyEvent, EventSink
 from nitsum.messages import FromEngine, Output, SwitchReport
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets
+from nitsum.plan import Group
 from nitsum.sim.executor import HOST_LATENCY_S, SimExecutor
 from nitsum.sim.feed import Feed
 from nitsum.sim.system import System
 from nitsum.sim.threshold import Threshold
+from nitsum.tier import TierSet
 from nitsum.workload.items import WorkItem
 
 TICK_S = 0.5
@@ -109,7 +114,14 @@ class Simulation:
             seed=self.options.seed,
         )
         every_sink = self.recorder if sink is None else _Both(self.recorder, sink)
-        self.core = Core(system.config, system.arena, self.executor, self.clock, every_sink)
+        self.core = Core(
+            system.config,
+            system.arena,
+            self.executor,
+            self.clock,
+            every_sink,
+            controller=controller_of(system) if system.steers else None,
+        )
         self.feed = Feed(items, system.arena.block_tokens, targets)
         self.result = SimResult(system, self.recorder)
         self._switches = sorted(self.options.switches)
@@ -211,6 +223,19 @@ def _rare_collections() -> Generator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def controller_of(system: System) -> Controller:
+    """A controller with the usual rules over the system's plans."""
+    config = system.config
+
+    def kv_tokens(degree: int) -> float:
+        pages = system.arena.num_units // system.arena.page_units(Group(degree, 0))
+        return float(pages * system.arena.block_tokens)
+
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, kv_tokens)
+    scorer = Scorer(StepTimes(system.cost, config.plans.degrees), limits)
+    return Controller(config.plans, TierSet(config.tiers), scorer, system.cost)
 
 
 class SimulationStuck(NitsumError):

@@ -74,6 +74,8 @@ class System:
     config: EngineConfig
     arena: ArenaShape
     cost: CostModel
+    steers: bool = False
+    """The controller chooses among the plans; else the first one stays until told otherwise."""
     threshold_tokens: int = 0
     """Above 0: go to the first plan under fewer tokens per step than this, else to the last."""
 
