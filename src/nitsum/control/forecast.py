@@ -17,6 +17,8 @@ from nitsum.events import Arrived, Finished, Refused, Started
 from nitsum.tier import Tier, TierSet
 
 MAX_SAMPLES = 256
+MEMORY_WINDOWS = 4
+"""Arrivals are remembered for this many windows."""
 USUAL_OUTPUT_TOKENS = 256.0
 """Assumed of answers while none of the tier has ended."""
 
@@ -40,11 +42,14 @@ class TierArrivals:
     """Running mean over answers that ended; 0: none has."""
     longest_answer: float = 0.0
     cached_share: float = 0.0
+    first_s: float = float("-inf")
     changed_s: float = float("-inf")
     """Since when its rate is what it is."""
 
     def rate(self, now: float, window_s: float) -> float:
-        span_s = min(window_s, max(now - self.changed_s, 0.5))
+        """Per second, over the window or since the last change or the first arrival."""
+        known_s = now - max(self.changed_s, self.first_s)
+        span_s = min(window_s, max(known_s, 1.0))
         return self.since(now - span_s) / span_s
 
     def since(self, start_s: float) -> int:
@@ -54,6 +59,11 @@ class TierArrivals:
                 break
             count += 1
         return count
+
+    @property
+    def may_wait(self) -> bool:
+        """It has only a deadline: what counts is what arrives over a long time."""
+        return bool(self.samples) and self.samples[-1].deadline_s is not None
 
     @property
     def mean_output(self) -> float:
@@ -84,9 +94,9 @@ class Arrivals:
         self._prompts: dict[str, int] = {}
 
     def arrived(self, event: Arrived) -> None:
-        tier = self.by_tier.setdefault(event.tier, TierArrivals())
+        tier = self.by_tier.setdefault(event.tier, TierArrivals(first_s=event.at_s))
         tier.times.append(event.at_s)
-        while tier.times[0] < event.at_s - 4 * self.window_s:
+        while tier.times[0] < event.at_s - MEMORY_WINDOWS * self.window_s:
             tier.times.popleft()
         tier.samples.append(
             Sample(event.num_prompt, event.ttft_target_s, event.tpot_target_s, event.deadline_s)
@@ -112,7 +122,7 @@ class Arrivals:
         """Tiers whose last seconds do not fit their rate; from now on they count alone."""
         changed: list[str] = []
         for name, tier in self.by_tier.items():
-            if now - tier.changed_s < 2 * self.burst_s:
+            if tier.may_wait or now - tier.changed_s < 2 * self.burst_s:
                 continue
             expected = tier.rate(now, self.window_s) * self.burst_s
             count = tier.since(now - self.burst_s)
@@ -155,6 +165,8 @@ class Arrivals:
         return replace(load, value=load.value * value)
 
     def _rate(self, known: TierArrivals, now: float) -> float:
+        if known.may_wait:
+            return known.rate(now, MEMORY_WINDOWS * self.window_s)
         rate = known.rate(now, self.window_s)
         if self.forecast == "none":
             return rate

@@ -132,12 +132,14 @@ class Scorer:
         """In which requests that wait already are to be served."""
         self._load: Load = ()
         self._capacities: dict[tuple[int, str, int], Capacity] = {}
+        self._alone_s: dict[tuple[int, str], list[float]] = {}
 
     def score(self, plan: Plan | Shape, load: Load) -> PlanScore:
         """Tiers of `load` must come by level, the most urgent first."""
         if load is not self._load:
             self._load = load
             self._capacities.clear()
+            self._alone_s.clear()
         shape = plan if isinstance(plan, Shape) else Shape.of(plan)
         filling = _Filling(self, shape)
         tiers = tuple(filling.add(tier) for tier in load)
@@ -145,12 +147,26 @@ class Scorer:
         value = sum(values[tier.tier] * tier.feasible_per_s for tier in tiers)
         return PlanScore(shape.name, value, tiers, max(filling.used, default=0.0))
 
+    def horizon_of(self, load: TierLoad) -> float:
+        """Work with a deadline may wait for a good part of it."""
+        return max(self.horizon_s, (load.deadline_s or 0.0) / 4)
+
     def capacity(self, degree: int, load: TierLoad, bound_s: float) -> Capacity:
         """At steps of at most `bound_s` seconds."""
         key = (degree, load.tier, int(bound_s * 1e4))
         found = self._capacities.get(key)
         if found is None:
             found = self._capacities[key] = self._capacity(degree, load, bound_s)
+        return found
+
+    def prefills_s(self, degree: int, load: TierLoad) -> list[float]:
+        """Of the tier's probes, each alone on an idle lane."""
+        found = self._alone_s.get((degree, load.tier))
+        if found is None:
+            longest = self.limits.max_batch_tokens
+            found = self._alone_s[degree, load.tier] = [
+                self.steps.prefill_s(degree, probe.prompt_tokens, longest) for probe in load.probes
+            ]
         return found
 
     def _capacity(self, degree: int, load: TierLoad, bound_s: float) -> Capacity:
@@ -217,7 +233,7 @@ class _Filling:
 
     def add(self, load: TierLoad) -> TierScore:
         scorer, shape = self.scorer, self.shape
-        rate = load.rate_per_s + load.num_waiting / scorer.horizon_s
+        rate = load.rate_per_s + load.num_waiting / scorer.horizon_of(load)
         places = self._places(load)
         capacities = [self._capacity(c, load) for c in places]
         left = [self._left(c) for c in places]
@@ -301,7 +317,7 @@ class _Filling:
         """Between the step of one request and the step at capacity."""
         if not capacity.rate_per_s:
             return 0.0
-        alone_s = self.scorer.steps.seconds(self.shape.classes[c].degree, 1.0, 1024.0, 0.0, 0.0)
+        alone_s = self.scorer.steps.decode_s(self.shape.classes[c].degree)
         return alone_s + (max(alone_s, capacity.step_s) - alone_s) * min(1.0, share)
 
     def _attained(
@@ -316,22 +332,15 @@ class _Filling:
         decay_s = service_s * (1.0 + load.prompt_cv2) / 2 / (lane.num_lanes * (1.0 - busy))
         before_s = STEPS_BEFORE * step_s * busy
         met = p99 = 0.0
-        for probe in load.probes:
-            own_s = self._prefill_s(lane.degree, probe.prompt_tokens, load, service_s, busy)
+        alone = self.scorer.prefills_s(lane.degree, load)
+        for probe, alone_s in zip(load.probes, alone, strict=True):
+            # On a busy lane a prompt goes at the pace that the step bound leaves.
+            shared_s = service_s * probe.prompt_tokens / load.prompt_tokens
+            own_s = alone_s + max(0.0, shared_s - alone_s) * busy
             met += _in_time(probe.ttft_s, own_s + before_s, wait_chance, decay_s)
             p99 = max(p99, own_s)
         tail_s = decay_s * log(wait_chance / 0.01) if wait_chance > 0.01 else 0.0
         return met / max(1, len(load.probes)), p99 + before_s + tail_s
-
-    def _prefill_s(
-        self, degree: int, prompt_tokens: float, load: TierLoad, service_s: float, busy: float
-    ) -> float:
-        """Alone on an idle lane; on a busy one at the pace that its step bound leaves."""
-        alone_s = self.scorer.steps.prefill_s(
-            degree, prompt_tokens, self.scorer.limits.max_batch_tokens
-        )
-        shared_s = service_s * prompt_tokens / load.prompt_tokens
-        return alone_s + max(0.0, shared_s - alone_s) * busy
 
     def _other_steps(self, c: int) -> float:
         """Mean steps of lanes that share the ranks and may come first."""

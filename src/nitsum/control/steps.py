@@ -39,6 +39,10 @@ class StepTimes:
         context_s = decode_context * grid.decode_price_s + prefill * before * grid.prefill_price_s
         return (dense_s + context_s) * self.factors.get(degree, 1.0)
 
+    def decode_s(self, degree: int) -> float:
+        """One sequence of ordinary length."""
+        return self._degrees[degree].alone_s * self.factors.get(degree, 1.0)
+
     def prefill_s(self, degree: int, prompt_tokens: float, max_batch_tokens: int) -> float:
         """A lone prompt, in chunks."""
         num_steps = -(-prompt_tokens // max_batch_tokens)
@@ -49,7 +53,7 @@ class StepTimes:
 class _Grid:
     """Dense times at (0, 1, 2, 4, ... decodes) x (0, 1, 2, 4, ... prefill tokens)."""
 
-    __slots__ = ("decode_price_s", "prefill_price_s", "rows")
+    __slots__ = ("alone_s", "decode_price_s", "prefill_price_s", "rows")
 
     def __init__(self, cost: CostModel, degree: int) -> None:
         lane = Lane(Group(degree, 0))
@@ -62,6 +66,7 @@ class _Grid:
         decodes = counts[: counts.index(1024) + 1]
         self.rows = [[seconds(num, prefill) for prefill in counts] for num in decodes]
         self.decode_price_s = (seconds(32, 0, _PROBE_CONTEXT) - seconds(32, 0)) / _PROBE_CONTEXT
+        self.alone_s = seconds(1, 0, 1024)
         square = 1 << 22
         self.prefill_price_s = (seconds(0, 2048, 0, square) - seconds(0, 2048)) / square
 
