@@ -89,28 +89,23 @@ class Committer:
             return 0
         count = 1
         self._append(generation, sequence, drawn)
-        waiting = self.early.get(sequence.request_id)
+        waiting = self.early.get(sequence.request_id) if self.early else None
         while waiting and len(sequence.tokens) in waiting and not sequence.is_finished:
             count += 1
             self._append(generation, sequence, waiting.pop(len(sequence.tokens)))
         return count
 
     def _append(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
-        sequence.tokens.append(drawn.token)
+        token, logprobs, logits = drawn
+        sequence.tokens.append(token)
         sequence.num_sampling -= 1
-        self._deliver(generation, sequence, drawn)
-
-    def _deliver(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
-        now = generation.now()
-        sequence.last_token_s = now
+        sequence.last_token_s = now = generation.clock.now()
         if sequence.first_token_s is None:
             sequence.first_token_s = now
-        reason = end_of(sequence)
-        sequence.finish_reason = reason
+        sequence.finish_reason = reason = end_of(sequence)
         if reason is not None:
             self._register(generation, sequence)
-        plan = generation.switcher.plan.name
-        self.outbox.put_tokens(sequence, [drawn.token], plan, drawn.logprobs, drawn.logits)
+        self.outbox.put_tokens(sequence, [token], generation.switcher.plan.name, logprobs, logits)
         if reason is not None:
             self.finish(generation, sequence, reason)
 
@@ -138,9 +133,10 @@ def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> Non
 
 def end_of(sequence: Sequence) -> FinishReason | None:
     """Why the sequence ends with its last token, if it does."""
-    sampling, num_output = sequence.request.sampling, sequence.num_output
-    is_stop = sequence.tokens[-1] in sampling.stop_token_ids
-    if is_stop and num_output >= max(1, sampling.min_tokens):
+    sampling = sequence.request.sampling
+    num_output = len(sequence.tokens) - sequence.num_prompt
+    stops = sampling.stop_token_ids
+    if stops and sequence.tokens[-1] in stops and num_output >= max(1, sampling.min_tokens):
         return "stop"
     return "length" if num_output >= sampling.max_tokens else None
 
