@@ -98,6 +98,18 @@ class Resumed(Event, frozen=True, kw_only=True):
     num_recomputed: int
 
 
+class Preempted(Event, frozen=True, kw_only=True):
+    """A request lost its room in device memory to another; see `Resumed` for what that cost."""
+
+    request_id: str
+    tier: str
+    by_request_id: str
+    by_tier: str
+    step_id: int
+    kept: bool
+    """Its KV is in host memory; otherwise it will be computed again."""
+
+
 class Promoted(Event, frozen=True, kw_only=True):
     """A request was served ahead of its turn so that its wait stays bounded."""
 
@@ -233,6 +245,7 @@ AnyEvent = (
     | StepEnded
     | Displaced
     | Resumed
+    | Preempted
     | Promoted
     | Finished
     | SwitchStarted

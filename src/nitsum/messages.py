@@ -48,6 +48,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     num_units: int
     """Units of the arena; 0 lets the worker fill its device and report the number in `Ready`."""
+    num_host_units: int = 0
+    """Units of host memory, for KV that has to leave the arena for a while."""
     max_slots: int
     max_model_len: int
     max_batch_tokens: int
@@ -307,6 +309,10 @@ class Move(msgspec.Struct, tag=True, frozen=True):
     pulls: list[Pull]
     rows: list[RowPull] = []
     after: list[tuple[int, int]] = []
+    saves: list[Pull] = []
+    """Into host memory: the own arena's `src_units` become the own `dst_units` there."""
+    loads: list[Pull] = []
+    """Out of host memory: `src_units` of the rank's host memory become `dst_units` of the arena."""
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):

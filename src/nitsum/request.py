@@ -86,11 +86,14 @@ class Sequence:
 
     __slots__ = (
         "finish_reason",
+        "first_due_s",
         "first_scheduled_s",
         "first_token_s",
         "group",
         "hashes",
         "last_token_s",
+        "latest_start_s",
+        "lost_after_s",
         "num_cached",
         "num_computed",
         "num_dispatched",
@@ -98,6 +101,9 @@ class Sequence:
         "num_prompt",
         "num_restarts",
         "num_sampling",
+        "pace_s",
+        "promised",
+        "promoted",
         "request",
         "request_id",
         "slot",
@@ -105,6 +111,8 @@ class Sequence:
         "tier",
         "tier_reason",
         "tokens",
+        "wait_from_s",
+        "waited_s",
     )
 
     def __init__(self, request: Request) -> None:
@@ -137,6 +145,24 @@ class Sequence:
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self.finish_reason: FinishReason | None = None
+        # What the scheduler works out once, when the sequence is queued:
+        self.latest_start_s = request.arrival_s
+        """When its first step must start so that its targets, its chain's included, can be met; the
+        order inside a tier. It does not change while the sequence waits."""
+        self.lost_after_s = float("inf")
+        """Started later than this, it misses its own targets whatever happens."""
+        self.first_due_s = float("inf")
+        """When its first token is due."""
+        self.pace_s: float | None = None
+        """Time per token it is held to after the first; None for deadline tiers."""
+        self.promised = False
+        """Admission found room for it within its tier's targets."""
+        self.promoted = False
+        """It waited as long as its tier allows, and goes before everything else."""
+        self.wait_from_s = request.arrival_s
+        """Since when it has been waiting or paused."""
+        self.waited_s = 0.0
+        """Time it waited or was paused before that."""
 
     @property
     def num_output(self) -> int:

@@ -33,6 +33,8 @@ class Tier:
     """Share of token throughput this tier keeps while higher tiers have work, 0..1."""
     max_wait_s: float = 600.0
     """A request that waited this long is served before anything else of its lane."""
+    queue_timeout_s: float = 1800.0
+    """A request that waited this long for its first step is answered with `queue_timeout`."""
     max_queue_requests: int = 4096
     max_queue_tokens: int = 8_000_000
     over_capacity: OverCapacity = "queue"
@@ -77,6 +79,10 @@ class TierSet:
 
     def names(self) -> tuple[str, ...]:
         return tuple(tier.name for tier in self.ordered)
+
+    def below(self, tier: Tier) -> Tier | None:
+        """The next lower tier, if there is one."""
+        return next((other for other in self.ordered if other.level > tier.level), None)
 
     def resolve(self, service_tier: str | None, auto: str = "default") -> Tier:
         """The tier a client's `service_tier` asks for; raises `ApiError` when unknown."""

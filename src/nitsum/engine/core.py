@@ -18,31 +18,25 @@ from contextlib import suppress
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
 from nitsum.control.controller import Controller
+from nitsum.cost.correct import CorrectedCost
+from nitsum.cost.protocol import CostModel, FixedCost
 from nitsum.engine.commit import Committer, extend_hashes
 from nitsum.engine.executor import Executor
-from nitsum.engine.generation import Generation
+from nitsum.engine.generation import Generation, Memory
 from nitsum.engine.lanes import LaneLoop, StepInFlight
-from nitsum.engine.outputs import Outbox
+from nitsum.engine.notes import emit_arrived, emit_sent, note_changes
+from nitsum.engine.outputs import Outbox, error_output
 from nitsum.engine.status import status_of
 from nitsum.engine.steering import BothSinks, Steering
 from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied, bad_request
-from nitsum.events import (
-    Arrived,
-    Displaced,
-    EventSink,
-    GenerationStarted,
-    Refused,
-    Resumed,
-    Started,
-    StepSent,
-)
+from nitsum.events import EventSink, GenerationStarted, Refused, Started
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
-from nitsum.messages import FromEngine, FromWorker, MoveDone, Output, Status, StepDone, SwitchReport
-from nitsum.request import Request, Sequence
-from nitsum.sched.admission import Admission
-from nitsum.sched.lane import Composed
-from nitsum.step import BatchShape, batch_shape
+from nitsum.messages import FromEngine, FromWorker, MoveDone, Status, StepDone, SwitchReport
+from nitsum.request import Request, SeqState, Sequence
+from nitsum.sched.admission import queue_timeout
+from nitsum.sched.alarms import Alarms
+from nitsum.sched.composed import Composed
 from nitsum.tier import TierSet
 
 START_ATTEMPTS = 3
@@ -60,7 +54,9 @@ class Core:
         clock: Clock,
         sink: EventSink,
         controller: Controller | None = None,
+        cost: CostModel | None = None,
     ) -> None:
+        """`cost` is a first guess; what steps really take corrects it."""
         self.config = config
         self.arena = arena
         self.executor = executor
@@ -69,7 +65,10 @@ class Core:
         self.sink = sink if controller is None else BothSinks(sink, controller)
         self._steering = Steering(self)
         self.tiers = TierSet(config.tiers)
-        self.admission = Admission(self.tiers)
+        self.cost = CorrectedCost(cost or FixedCost())
+        self.memory = Memory.fresh(config, self.cost)
+        self.timeouts = Alarms()
+        self.longest_request = max_request_tokens(config, arena)
         self.outbox = Outbox()
         self.sequences: dict[str, Sequence] = {}
         self.committer = Committer(self.outbox, self.sequences)
@@ -85,17 +84,29 @@ class Core:
         try:
             self._check(request)
         except ApiError as error:
+            self._emit_arrived(request)
             self._refuse(request, error)
             return
         sequence = Sequence(request)
         limit = (len(request.prompt) - 1) // self.arena.block_tokens
         if self.config.prefix_cache:
             extend_hashes(sequence, limit, self.arena.block_tokens)
+        self._emit_arrived(request)
+        try:
+            self.generation.admit(sequence)
+        except ApiError as error:
+            self._refuse(request, error)
+            return
+        self._take_in(sequence)
+
+    def _take_in(self, sequence: Sequence) -> None:
         if not self.sequences:
             self.last_step_s = self.clock.now()
-        self.sequences[request.request_id] = sequence
-        self._emit_arrived(request)
-        self.generation.route(sequence)
+        self.sequences[sequence.request_id] = sequence
+        self.memory.chains.begin(sequence.request)
+        if self.generation.setting.rules.shares:
+            tier = self.tiers[sequence.tier]
+            self.timeouts.set(sequence, sequence.request.arrival_s + tier.queue_timeout_s)
 
     def abort(self, request_id: str) -> None:
         """The client does not want the rest: free everything, say nothing more."""
@@ -142,6 +153,7 @@ class Core:
             self._switch()
             if self.controller is not None:
                 self.controller.tick(self._steering)
+            self._expire()
             self._dispatch()
         except WorkerDied as death:
             self._restart(death)
@@ -154,14 +166,31 @@ class Core:
             if isinstance(reply, StepDone):
                 self._end_step(reply)
             elif isinstance(reply, MoveDone):
+                self.generation.dispatcher.acknowledge(reply.move_id)
                 self.generation.switcher.acknowledge(reply.move_id, reply.bytes)
 
     def _end_step(self, done: StepDone) -> None:
         step = self.generation.in_flight.pop(done.step_id)
         step.loop.num_in_flight -= 1
-        self.generation.rank_load.add(step.loop, -1)
         self.last_step_s = self.clock.now()
+        self.generation.rank_load.ended(step, self.last_step_s)
+        if done.seconds > 0.0:
+            self.cost.observe(step.loop.lane, step.shape, done.seconds)
         self.committer.commit(self.generation, step, done)
+
+    def _expire(self) -> None:
+        """End what waited too long for its first step, and forget idle chains."""
+        now = self.clock.now()
+        self.memory.chains.expire(now)
+        while (sequence := self.timeouts.due(now)) is not None:
+            self.timeouts.cancel(sequence)
+            if not sequence.is_finished:
+                self._give_up_on(sequence)
+
+    def _give_up_on(self, sequence: Sequence) -> None:
+        error = queue_timeout(self.tiers[sequence.tier])
+        self.committer.finish(self.generation, sequence, "error")
+        self.outbox.put(error_output(sequence.request, error, sequence.tier))
 
     def _switch(self) -> None:
         report = self.generation.switcher.advance()
@@ -176,37 +205,46 @@ class Core:
     def _dispatch_round(self) -> bool:
         """One step for every lane that can take one; False when there was none.
 
-        Lanes that share ranks take turns: the one served longest ago goes first.
+        Of lanes that share ranks, the one whose next step is most urgent goes first, and one that
+        has been passed over for long goes before it.
         """
         generation = self.generation
         generation.rank_load.held.clear()
         num_sent = 0
-        for loop in sorted(generation.loops.values(), key=lambda loop: loop.last_sent):
+        for loop in sorted(generation.loops.values(), key=generation.turn_order()):
             if loop.scheduler.has_work and generation.rank_load.free_for(loop):
                 num_sent += self._step(loop)
         return num_sent > 0
 
     def _step(self, loop: LaneLoop) -> bool:
         """Compose and send the lane's next step; False if it has none."""
-        composed = loop.scheduler.compose(self.generation.dispatcher.num_free_slots)
-        step_id = next(self.generation.step_ids)
-        self._note_changes(composed, step_id)
+        generation, now = self.generation, self.clock.now()
+        start_s = generation.rank_load.start_s(loop, now)
+        composed = loop.scheduler.compose(generation.dispatcher.num_free_slots, now, start_s)
+        for resumption in composed.resumed:
+            if resumption.rejoins:
+                generation.free_slot_of(resumption.sequence)
+        step_id = next(generation.step_ids)
+        note_changes(self.sink, composed, step_id)
         if composed.chunks:
             self._send(loop, composed, step_id)
-        for sequence in composed.gave_up_kv:
-            self.generation.requeue(sequence)
+        for preemption in composed.preempted:
+            generation.preempt(preemption)
+        generation.note_evictions()
         return bool(composed.chunks)
 
     def _send(self, loop: LaneLoop, composed: Composed, step_id: int) -> None:
         generation, chunks = self.generation, tuple(composed.chunks)
-        now = self.clock.now()
         generation.dispatcher.send_step(loop.lane, step_id, generation.switcher.epoch, chunks)
         restarts = tuple(chunk.sequence.num_restarts for chunk in chunks)
-        generation.in_flight[step_id] = StepInFlight(loop, step_id, chunks, restarts, now)
-        generation.rank_load.add(loop, 1)
+        step = StepInFlight(
+            loop, step_id, chunks, restarts, composed.now, composed.shape, composed.predicted_s
+        )
+        generation.in_flight[step_id] = step
+        generation.rank_load.sent(step)
         loop.num_in_flight += 1
-        loop.last_sent = step_id
-        self._emit_sent(loop, step_id, batch_shape(chunks))
+        loop.last_sent = generation.last_sent = step_id
+        emit_sent(self.sink, step)
         for chunk in chunks:
             self._advance(chunk.sequence, chunk.num_tokens, chunk.samples, loop, step_id)
 
@@ -215,8 +253,11 @@ class Core:
     ) -> None:
         sequence.num_dispatched += num_tokens
         sequence.num_sampling += samples
+        if num_tokens > 1 and samples:
+            self.generation.admission.prefilled(sequence)
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self.clock.now()
+            self.timeouts.cancel(sequence)
             self.sink.emit(
                 Started(
                     at_s=self.clock.now(),
@@ -240,6 +281,8 @@ class Core:
         self.generation = self._new_generation(old.switcher.plan.name)
         self.generation_number += 1
         for sequence in self.sequences.values():
+            if sequence.state is SeqState.RUNNING:
+                sequence.wait_from_s = self.clock.now()
             sequence.forget_kv()
             sequence.num_sampling = 0
             self.generation.route(sequence)
@@ -272,6 +315,7 @@ class Core:
             self.sink,
             self.tiers,
             self.config.plans[plan],
+            self.memory,
         )
 
     # -- checks and events --
@@ -288,15 +332,9 @@ class Core:
         if request.request_id in self.sequences:
             raise bad_request(f"Request id {request.request_id!r} is in use.", "request_id")
         self._check_length(request)
-        waiting = [
-            sequence
-            for loop in self.generation.loops.values()
-            for sequence in loop.scheduler.waiting
-        ]
-        self.admission.check(request, waiting)
 
     def _check_length(self, request: Request) -> None:
-        longest = max_request_tokens(self.config, self.arena)
+        longest = self.longest_request
         num_tokens = len(request.prompt) + request.sampling.max_tokens
         if not request.prompt:
             raise bad_request("The prompt is empty.", "prompt")
@@ -310,7 +348,6 @@ class Core:
             )
 
     def _refuse(self, request: Request, error: ApiError) -> None:
-        self._emit_arrived(request)
         code = error.code or "invalid_request"
         self.sink.emit(
             Refused(
@@ -320,65 +357,12 @@ class Core:
                 code=code,
             )
         )
-        self.outbox.put(
-            Output(
-                request_id=request.request_id,
-                finish_reason="error",
-                error=error.message,
-                error_status=error.status,
-                error_code=error.code,
-                tier=request.tier,
-            )
-        )
+        self.outbox.put(error_output(request, error, request.tier))
 
     def _emit_arrived(self, request: Request) -> None:
+        deadline_s = self.memory.chains.deadline_s(request)
         tier = self.tiers[request.tier]
-        self.sink.emit(
-            Arrived(
-                at_s=self.clock.now(),
-                request_id=request.request_id,
-                tier_asked=request.tier_asked,
-                tier=request.tier,
-                tenant=request.tenant,
-                num_prompt=len(request.prompt),
-                max_tokens=request.sampling.max_tokens,
-                arrival_s=request.arrival_s,
-                ttft_target_s=request.ttft_target_s or tier.ttft_s,
-                tpot_target_s=request.tpot_target_s or tier.tpot_s,
-                deadline_s=tier.deadline_s,
-                chain_id=request.chain_id,
-            )
-        )
-
-    def _emit_sent(self, loop: LaneLoop, step_id: int, shape: BatchShape) -> None:
-        self.sink.emit(
-            StepSent(
-                at_s=self.clock.now(),
-                step_id=step_id,
-                group=loop.group,
-                num_decode=shape.num_decode,
-                prefill_tokens=shape.prefill_tokens,
-                context_tokens=shape.decode_context_tokens + shape.prefill_context_tokens,
-            )
-        )
-
-    def _note_changes(self, composed: Composed, step_id: int) -> None:
-        now = self.clock.now()
-        for victim, favoured in composed.displaced:
-            self.sink.emit(
-                Displaced(
-                    at_s=now,
-                    request_id=victim.request_id,
-                    tier=victim.tier,
-                    by_request_id=favoured.request_id,
-                    by_tier=favoured.tier,
-                    step_id=step_id,
-                )
-            )
-        for sequence in composed.resumed:
-            self.sink.emit(
-                Resumed(at_s=now, request_id=sequence.request_id, step_id=step_id, num_recomputed=0)
-            )
+        emit_arrived(self.sink, request, tier, self.clock.now(), deadline_s)
 
 
 def max_request_tokens(config: EngineConfig, arena: ArenaShape) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import count
 
 from nitsum.engine.executor import Executor
+from nitsum.kv.blocks import Relocation
 from nitsum.kv.cache import KvCache
+from nitsum.kv.host import Load, Save
 from nitsum.messages import Join, Move, Pages, Pull, RowPull, Step, Work
 from nitsum.plan import Lane
 from nitsum.request import Sequence
@@ -22,6 +24,11 @@ class Dispatcher:
         self._unjoined: set[int] = set()
         """Slots whose row a `Move` brought; their first step says how to sample."""
         self._settled: dict[int, int] = {}
+        """Messages after which a rank has made all copies inside itself."""
+        self._saved: dict[int, int] = {}
+        """Messages after which a rank has saved all it was to save."""
+        self._loads: dict[int, int] = {}
+        """Loads that read other ranks' host memory, by move."""
         self._move_ids = count(1)
 
     # -- slots --
@@ -44,7 +51,7 @@ class Dispatcher:
     # -- steps --
 
     def send_step(self, lane: Lane, step_id: int, epoch: int, chunks: tuple[Chunk, ...]) -> None:
-        self.flush_relocations()
+        self.flush_copies()
         joins = [join for chunk in chunks if (join := self._join(chunk.sequence))]
         pages = [update for chunk in chunks if (update := self._pages(chunk.sequence))]
         work = [_work(chunk) for chunk in chunks]
@@ -85,38 +92,72 @@ class Dispatcher:
         rows: list[RowPull],
         after: list[tuple[int, int]],
     ) -> int:
-        self.flush_relocations()
+        self.flush_copies()
         move_id = next(self._move_ids)
         self.executor.send([rank], Move(move_id, pulls, rows, after))
         return move_id
 
     def num_sent(self, rank: int) -> int:
-        self.flush_relocations()
+        self.flush_copies()
         return self.executor.num_sent(rank)
 
     def num_settled(self, rank: int) -> int:
-        self.flush_relocations()
+        self.flush_copies()
         return self._settled.get(rank, 0)
 
-    def flush_relocations(self) -> None:
-        """Send the copies that made room, one message a rank, before anything relies on them.
+    def flush_copies(self) -> None:
+        """Send the copies that made room, in order, before anything relies on them.
 
-        Copies that build on each other (a freed place is taken again) go in separate messages:
-        within one, everything is read before anything is written.
+        Relocations travel together as far as they may. Copies that build on each other (a freed
+        place is taken again) go in separate messages: within one, everything is read before
+        anything is written.
         """
         pending: dict[int, Pull] = {}
-        for copy in self.kv.take_relocations():
-            src = range(copy.src_unit, copy.src_unit + copy.count)
-            dst = range(copy.dst_unit, copy.dst_unit + copy.count)
-            pull = pending.setdefault(copy.rank, Pull(copy.rank, [], []))
-            touched = set(pull.src_units) | set(pull.dst_units)
-            if touched.intersection(src) or touched.intersection(dst):
-                self._relocate(pull)
-                pull = pending[copy.rank] = Pull(copy.rank, [], [])
-            pull.src_units.extend(src)
-            pull.dst_units.extend(dst)
+        for copy in self.kv.take_copies():
+            if isinstance(copy, Relocation):
+                self._gather(pending, copy)
+                continue
+            before = pending.pop(copy.rank, None)
+            if before is not None:
+                self._relocate(before)
+            if isinstance(copy, Save):
+                self._save(copy)
+            else:
+                self._load(copy)
         for pull in pending.values():
             self._relocate(pull)
+
+    def acknowledge(self, move_id: int) -> None:
+        """A rank has carried a move out."""
+        load_id = self._loads.pop(move_id, None)
+        if load_id is not None:
+            self.kv.host.done(load_id)
+
+    def _gather(self, pending: dict[int, Pull], copy: Relocation) -> None:
+        src = range(copy.src_unit, copy.src_unit + copy.count)
+        dst = range(copy.dst_unit, copy.dst_unit + copy.count)
+        pull = pending.setdefault(copy.rank, Pull(copy.rank, [], []))
+        touched = set(pull.src_units) | set(pull.dst_units)
+        if touched.intersection(src) or touched.intersection(dst):
+            self._relocate(pull)
+            pull = pending[copy.rank] = Pull(copy.rank, [], [])
+        pull.src_units.extend(src)
+        pull.dst_units.extend(dst)
+
+    def _save(self, save: Save) -> None:
+        pull = Pull(save.rank, save.units, save.host_units)
+        self.executor.send([save.rank], Move(next(self._move_ids), [], saves=[pull]))
+        self._saved[save.rank] = self.executor.num_sent(save.rank)
+
+    def _load(self, load: Load) -> None:
+        """Peers' host memory is read once they have saved into it."""
+        rank, move_id = load.rank, next(self._move_ids)
+        pulls = [Pull(src, host, arena) for src, (host, arena) in load.sources.items()]
+        after = [(src, self._saved[src]) for src in sorted(load.sources) if src != rank]
+        self.executor.send([rank], Move(move_id, [], after=after, loads=pulls))
+        self._settled[rank] = self.executor.num_sent(rank)
+        if load.load_id is not None:
+            self._loads[move_id] = load.load_id
 
     def _relocate(self, pull: Pull) -> None:
         rank = pull.src_rank

@@ -72,6 +72,7 @@ class FakeRank:
         self.inbox: deque[ToWorker] = deque()
         self.num_done = 0
         self.memory: dict[int, dict[int, Tag]] = defaultdict(dict)
+        self.host: dict[int, dict[int, Tag]] = defaultdict(dict)
         self.rows: dict[int, list[int]] = {}
         self.slots: dict[int, _Slot] = {}
 
@@ -211,8 +212,20 @@ class FakeExecutor:
             for pull in move.pulls
             for src, dst in zip(pull.src_units, pull.dst_units, strict=True)
         ]
+        pulled += [
+            (dst, dict(self.ranks[load.src_rank].host[src]))
+            for load in move.loads
+            for src, dst in zip(load.src_units, load.dst_units, strict=True)
+        ]
+        saved = [
+            (dst, dict(state.memory[src]))
+            for save in move.saves
+            for src, dst in zip(save.src_units, save.dst_units, strict=True)
+        ]
         for dst, content in pulled:
             state.memory[dst] = content
+        for dst, content in saved:
+            state.host[dst] = content
         for row in move.rows:
             source = self.ranks[row.src_rank].rows[row.src_slot]
             assert row.num_tokens <= len(source), "a row is pulled before its last token is drawn"

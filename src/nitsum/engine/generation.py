@@ -6,23 +6,51 @@ It is also what a switch sees of the engine (`LaneTable`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
 from nitsum.control.switching import Switcher
+from nitsum.cost.protocol import CostModel
 from nitsum.engine.dispatch import Dispatcher
 from nitsum.engine.executor import Executor
 from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight
-from nitsum.events import AnyEvent, EventSink, Routed
+from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
 from nitsum.messages import Pull, RowPull
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
+from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, check_queue, no_capacity
+from nitsum.sched.chains import ChainBook
+from nitsum.sched.composed import Preemption
+from nitsum.sched.estimate import Estimator
+from nitsum.sched.fairness import Accounts
 from nitsum.sched.lane import LaneScheduler
 from nitsum.sched.limits import LaneLimits
-from nitsum.sched.router import Router
-from nitsum.tier import TierSet
+from nitsum.sched.rules import RULES
+from nitsum.sched.setting import Setting
+from nitsum.sched.targets import set_targets
+from nitsum.tier import Tier, TierSet
+
+PATIENCE_STEPS = 4
+"""Steps, times the number of lanes, that others may be sent before a lane's turn comes anyway."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What deciding has learned; it outlives generations."""
+
+    cost: CostModel
+    estimator: Estimator
+    chains: ChainBook
+    accounts: dict[str, Accounts] = field(default_factory=dict[str, Accounts])
+
+    @classmethod
+    def fresh(cls, config: EngineConfig, cost: CostModel) -> Memory:
+        limits = LaneLimits(config.max_num_seqs, config.max_batch_tokens)
+        return cls(cost, Estimator(cost, limits), ChainBook(config.chain_idle_s))
 
 
 class Generation:
@@ -37,8 +65,10 @@ class Generation:
         sink: EventSink,
         tiers: TierSet,
         plan: Plan,
+        memory: Memory,
     ) -> None:
         self.config = config
+        self.memory = memory
         self.clock = clock
         self.sink = sink
         self.tiers = tiers
@@ -47,47 +77,119 @@ class Generation:
         self.loops: dict[Group, LaneLoop] = {}
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
-        self.router = Router(self.kv, self.load)
+        self.setting = Setting(
+            clock,
+            self.kv,
+            tiers,
+            memory.estimator.limits,
+            memory.cost,
+            memory.estimator,
+            RULES[config.policy],
+            memory.accounts,
+        )
+        self.admission = Admission(self.setting, arena.num_ranks)
+        memory.chains.use(self.kv.prefixes)
         self.num_departures = 0
         self.step_ids = count(1)
+        self.last_sent = 0
+        """The newest step's number."""
         self.switcher = Switcher(self, plan, units_per_message=config.precopy_units)
         for lane in plan.lanes:
             self.open_lane(lane)
 
     # -- requests --
 
+    def admit(self, sequence: Sequence) -> None:
+        """Take a new request in, in its tier or, over capacity, as that tier says.
+
+        Raises the `ApiError` the client should see if it cannot come in.
+        """
+        tier = self.tiers[sequence.tier]
+        level = self.setting.level(sequence)
+        queues = [loop.scheduler.waiting[level] for loop in self.loops.values()]
+        check_queue(tier, queues, len(sequence.tokens))
+        route = self.admission.route(sequence, self.switcher.plan)
+        if not route.promised and self.setting.rules.admits and tier.over_capacity != "queue":
+            route = self._over_capacity(sequence, tier, route)
+        self._enqueue(sequence, route)
+
+    def _over_capacity(self, sequence: Sequence, tier: Tier, route: Route) -> Route:
+        """No lane can promise it. A lane that could not if it were idle is no reason: then the
+        machine is too slow for the tier's targets, and order is all the tier still means."""
+        admission, plan = self.admission, self.switcher.plan
+        if not admission.is_overloaded(sequence, plan):
+            return route
+        if tier.over_capacity == "refuse":
+            raise no_capacity(tier, admission.retry_after_s(sequence, plan))
+        lower = self.tiers.below(tier)
+        if lower is None:
+            return route
+        sequence.tier, sequence.tier_reason = lower.name, OVER_CAPACITY
+        self.emit(
+            Downgraded(
+                at_s=self.now(),
+                request_id=sequence.request_id,
+                from_tier=tier.name,
+                to_tier=lower.name,
+                reason=OVER_CAPACITY,
+            )
+        )
+        return admission.route(sequence, plan)
+
     def route(self, sequence: Sequence) -> None:
-        """Queue a sequence without KV in the lane that suits it best."""
-        lane = self.router.choose(sequence, self.switcher.plan)
-        self.loops[lane.group].scheduler.add(sequence)
+        """Queue a sequence that is in already, but without KV on the device."""
+        self.admission.remove(sequence)
+        self._enqueue(sequence, self.admission.route(sequence, self.switcher.plan))
+
+    def _enqueue(self, sequence: Sequence, route: Route) -> None:
+        tier = self.tiers[sequence.tier]
+        sequence.promised = route.promised
+        if self.setting.rules.slack:
+            work = self.admission.work_on(sequence, route.lane)
+            set_targets(sequence, tier, work, self.memory.chains.deadline_s(sequence.request))
+        self.admission.add(sequence, route)
+        self.loops[route.lane.group].scheduler.add(sequence)
         self.emit(
             Routed(
                 at_s=self.now(),
                 request_id=sequence.request_id,
-                group=lane.group,
-                promised=False,
+                group=route.lane.group,
+                promised=route.promised,
             )
         )
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended: nothing of it stays but cached prefixes."""
         self.switcher.forget(sequence)
+        self.admission.remove(sequence)
+        self.memory.chains.end(sequence, self.now())
+        if sequence.finish_reason in ("stop", "length"):
+            self.memory.estimator.note_answer(sequence.tier, sequence.num_output)
         if sequence.group is not None:
             self.loops[sequence.group].scheduler.leave(sequence)
         if sequence.request_id in self.kv.tables:
             self.kv.close(sequence.request_id)
-        self._free_slot_of(sequence)
+        if sequence.request_id in self.kv.parked:
+            self.kv.discard(sequence.request_id)
+        self.free_slot_of(sequence)
         self.num_departures += 1
 
-    def requeue(self, sequence: Sequence) -> None:
-        """The sequence gave up its KV for lack of room; it will compute it again."""
+    def preempt(self, preemption: Preemption) -> None:
+        """The sequence lost its room on the device: it comes back from host memory where it is, or
+        is computed again wherever suits it."""
+        sequence = preemption.sequence
         self.switcher.forget(sequence)
-        self._free_slot_of(sequence)
-        sequence.forget_kv()
         self.num_departures += 1
-        self.route(sequence)
+        if not preemption.kept:
+            self.free_slot_of(sequence)
+            self.admission.remove(sequence)
+            sequence.forget_kv()
+            self.route(sequence)
+        elif sequence.group is not None and self.loops[sequence.group].draining:
+            self.loops[sequence.group].scheduler.leave(sequence)
+            self.route(sequence)
 
-    def _free_slot_of(self, sequence: Sequence) -> None:
+    def free_slot_of(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self.dispatcher.free_slot(sequence.slot)
             sequence.slot = None
@@ -124,21 +226,35 @@ class Generation:
     def leave_lane(self, sequence: Sequence) -> None:
         assert sequence.group is not None
         self.loops[sequence.group].scheduler.leave(sequence)
+        self.admission.remove(sequence)
 
     def enter_lane(self, sequence: Sequence, group: Group) -> None:
         if sequence.slot is not None:
             self.dispatcher.expect_join(sequence.slot)
-        self.loops[group].scheduler.enter(sequence)
+        loop = self.loops[group]
+        loop.scheduler.enter(sequence)
+        work = self.admission.work_on(sequence, loop.lane)
+        self.admission.add(sequence, Route(loop.lane, work, sequence.promised))
 
     def open_lane(self, lane: Lane) -> None:
+        self.admission.open_lane(lane)
         loop = self.loops.get(lane.group)
         if loop is None:
-            limits = LaneLimits(self.config.max_num_seqs, self.config.max_batch_tokens)
-            scheduler = LaneScheduler(lane, limits, self.kv, self.tiers)
-            self.loops[lane.group] = LaneLoop(lane, scheduler)
+            self.loops[lane.group] = LaneLoop(lane, LaneScheduler(lane, self.setting))
+            self._meet_neighbours()
         else:
             loop.lane = loop.scheduler.lane = lane
             loop.draining = False
+
+    def _meet_neighbours(self) -> None:
+        """Lanes that share ranks watch each other's slack."""
+        loops = self.loops.values()
+        for loop in loops:
+            loop.scheduler.neighbours = [
+                other.scheduler
+                for other in loops
+                if other is not loop and other.group.overlaps(loop.group)
+            ]
 
     def drain_lane(self, group: Group) -> None:
         loop = self.loops[group]
@@ -153,6 +269,8 @@ class Generation:
         if loop.num_in_flight or loop.scheduler.has_work:
             return False
         del self.loops[group]
+        self.admission.close_lane(group)
+        self._meet_neighbours()
         return True
 
     def sequences_on(self, group: Group) -> list[Sequence]:
@@ -160,9 +278,24 @@ class Generation:
         return [] if loop is None else loop.scheduler.with_kv()
 
     def load(self, group: Group) -> int:
-        scheduler = self.loops[group].scheduler
-        queues = (scheduler.running, scheduler.paused, scheduler.waiting)
-        return sum(sequence.num_total for queue in queues for sequence in queue)
+        return self.admission.book.num_tokens(group)
+
+    def turn_order(self) -> Callable[[LaneLoop], tuple[bool, float, int]]:
+        """Which of the lanes that share ranks goes first: one passed over for long, then the one
+        whose next step must start soonest. Without slack, the one served longest ago."""
+        by_slack = self.setting.rules.slack
+        oldest = self.last_sent - PATIENCE_STEPS * len(self.loops)
+
+        def key(loop: LaneLoop) -> tuple[bool, float, int]:
+            start_s = loop.scheduler.next_start_s if by_slack else 0.0
+            return (loop.last_sent > oldest, start_s, loop.last_sent)
+
+        return key
+
+    def note_evictions(self) -> None:
+        """Say which cached blocks made room since the last call."""
+        for group, num_blocks in self.kv.take_evictions().items():
+            self.emit(Evicted(at_s=self.now(), group=group, num_blocks=num_blocks))
 
     def level(self, sequence: Sequence) -> int:
         return self.tiers[sequence.tier].level

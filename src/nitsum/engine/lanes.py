@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nitsum.plan import Group, Lane
 from nitsum.sched.lane import LaneScheduler
-from nitsum.step import Chunk
+from nitsum.step import BatchShape, Chunk
 
 STEPS_AHEAD = 2
 """Steps a rank may have in flight: one running, one waiting, so that it never idles."""
@@ -38,6 +38,8 @@ class StepInFlight:
     restarts: tuple[int, ...]
     """`num_restarts` of each chunk's sequence when the step was sent."""
     sent_s: float
+    shape: BatchShape
+    predicted_s: float
 
 
 @dataclass
@@ -46,17 +48,39 @@ class RankLoad:
 
     num_in_flight: list[int]
     held: set[int] = field(default_factory=set[int])
+    ahead_s: list[float] = field(default_factory=list[float])
+    """Predicted time of a rank's steps in flight."""
+    free_s: list[float] = field(default_factory=list[float])
+    """When each rank will be through with them."""
+
+    def __post_init__(self) -> None:
+        self.ahead_s = [0.0 for _ in self.num_in_flight]
+        self.free_s = [0.0 for _ in self.num_in_flight]
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
-        in_flight, held = self.num_in_flight, self.held
         ranks = loop.lane.ranks
-        for rank in ranks:
-            if in_flight[rank] >= STEPS_AHEAD or rank in held:
-                held.update(ranks)
-                return False
-        return True
+        free = [r for r in ranks if self.num_in_flight[r] < STEPS_AHEAD and r not in self.held]
+        if len(free) == len(ranks):
+            return True
+        self.held.update(ranks)
+        return False
 
-    def add(self, loop: LaneLoop, count: int) -> None:
-        for rank in loop.lane.ranks:
-            self.num_in_flight[rank] += count
+    def start_s(self, loop: LaneLoop, now: float) -> float:
+        """When a step sent now would start."""
+        return max(now, *(self.free_s[rank] for rank in loop.lane.ranks))
+
+    def sent(self, step: StepInFlight) -> None:
+        end_s = self.start_s(step.loop, step.sent_s) + step.predicted_s
+        for rank in step.loop.lane.ranks:
+            self.num_in_flight[rank] += 1
+            self.ahead_s[rank] += step.predicted_s
+            self.free_s[rank] = end_s
+
+    def ended(self, step: StepInFlight, now: float) -> None:
+        for rank in step.loop.lane.ranks:
+            self.num_in_flight[rank] -= 1
+            self.ahead_s[rank] -= step.predicted_s
+            if not self.num_in_flight[rank]:
+                self.ahead_s[rank] = 0.0
+            self.free_s[rank] = now + self.ahead_s[rank]

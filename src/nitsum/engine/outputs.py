@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from nitsum.errors import ApiError
 from nitsum.messages import FromEngine, Output, TokenLogprobs
-from nitsum.request import Sequence
+from nitsum.request import Request, Sequence
 
 
 class Outbox:
@@ -46,3 +47,16 @@ class Outbox:
     def take(self) -> list[FromEngine]:
         messages, self._messages = self._messages, []
         return messages
+
+
+def error_output(request: Request, error: ApiError, tier: str) -> Output:
+    """The end of a request that gets no answer."""
+    return Output(
+        request_id=request.request_id,
+        finish_reason="error",
+        error=error.message,
+        error_status=error.status,
+        error_code=error.code,
+        retry_after_s=error.retry_after_s,
+        tier=tier,
+    )

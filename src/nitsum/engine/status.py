@@ -40,8 +40,8 @@ def _lane_status(loop: LaneLoop) -> LaneStatus:
         group=loop.group,
         role=loop.lane.role,
         tiers=loop.lane.tiers,
-        num_running=len(scheduler.running),
-        num_paused=len(scheduler.paused),
-        num_waiting=len(scheduler.waiting),
+        num_running=scheduler.num_running,
+        num_paused=scheduler.num_paused,
+        num_waiting=scheduler.num_waiting,
         draining=loop.draining,
     )

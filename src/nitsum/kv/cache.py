@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nitsum.kv.blocks import Block, Relocation, Table
 from nitsum.kv.compact import compact
+from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
 from nitsum.kv.units import UnitPool
 from nitsum.plan import Group
@@ -30,6 +31,8 @@ class ArenaShape:
     min_degree: int = 1
     """Narrowest lane of any plan; its pages are the largest blocks ever allocated."""
     unit_bytes: int = 1
+    num_host_units: int = 0
+    """Units of host memory per rank, for KV that has to leave the device."""
 
     def page_units(self, group: Group) -> int:
         return units_per_page(group.degree, self.units_per_block)
@@ -48,9 +51,12 @@ class KvCache:
         self.pools = [UnitPool(arena.num_units, max_order) for _ in range(arena.num_ranks)]
         self.prefixes = PrefixIndex()
         self.tables: dict[str, Table] = {}
-        self.num_evicted = 0
+        self.host = HostMemory(arena.num_ranks, arena.num_host_units)
+        self.parked: dict[str, ParkedTable] = {}
+        """Tables of requests whose KV is in host memory."""
+        self._evicted: dict[Group, int] = {}
         self._held: dict[Block, int] = {}
-        self._relocations: list[Relocation] = []
+        self._copies: list[Relocation | Save | Load] = []
 
     # -- a request's table --
 
@@ -117,6 +123,46 @@ class KvCache:
             table.num_registered += 1
         self.tables[request_id] = table
         self.drop(reversed(old.blocks))
+
+    # -- host memory --
+
+    def offload(self, request_id: str) -> bool:
+        """Park a request's KV in host memory and close its table; False if there is no room.
+
+        The copies follow the steps sent so far, so what those write comes along.
+        """
+        table = self.tables[request_id]
+        made = self.host.park(table.group, table.blocks, self.arena.page_units(table.group))
+        if made is None:
+            return False
+        self.parked[request_id], saves = made
+        self._copies.extend(saves)
+        self.close(request_id)
+        return True
+
+    def restore(self, request_id: str, group: Group, level: int = 0) -> bool:
+        """Bring parked KV back, in the layout of `group`; False, and nothing changed, if no room.
+
+        Leading blocks that are cached in this layout are used as they are.
+        """
+        parked, size = self.parked[request_id], self.arena.block_tokens
+        first = self.open(request_id, group, parked.hashes, level) // size
+        if not self.grow(request_id, parked.num_blocks * size):
+            self.close(request_id)
+            return False
+        blocks = self.tables[request_id].blocks[first:]
+        self._copies.extend(
+            self.host.load(parked, group, blocks, first, self.arena.units_per_block)
+        )
+        self.register(request_id, parked.hashes, level)
+        self.discard(request_id)
+        return True
+
+    def discard(self, request_id: str) -> None:
+        """Forget parked KV."""
+        self.host.discard(self.parked.pop(request_id))
+
+    # -- pages --
 
     def slot_pages(self, table: Table, first: int) -> list[list[int]]:
         """Page ids of blocks `first..`, for each rank of the table's group."""
@@ -224,7 +270,7 @@ class KvCache:
         assert block.hash is not None
         self.prefixes.forget(block)
         self._release_pages(block.group, block.pages)
-        self.num_evicted += 1
+        self._evicted[block.group] = self._evicted.get(block.group, 0) + 1
 
     def evict_group(self, group: Group) -> int:
         """Drop every unreferenced block in a layout that no lane uses any more."""
@@ -235,10 +281,15 @@ class KvCache:
 
     # -- what the engine must send --
 
-    def take_relocations(self) -> list[Relocation]:
+    def take_copies(self) -> list[Relocation | Save | Load]:
         """Copies decided since the last call, in order."""
-        relocations, self._relocations = self._relocations, []
-        return relocations
+        copies, self._copies = self._copies, []
+        return copies
+
+    def take_evictions(self) -> dict[Group, int]:
+        """Cached blocks dropped for room since the last call, by layout."""
+        evicted, self._evicted = self._evicted, {}
+        return evicted
 
     # -- figures --
 
@@ -286,7 +337,7 @@ class KvCache:
         if made is None:
             return None
         start, relocations = made
-        self._relocations.extend(relocations)
+        self._copies.extend(relocations)
         return start
 
     def _release_pages(self, group: Group, pages: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ def check(cache: KvCache) -> None:
         _check_units(cache, rank, blocks)
         _check_free_lists(cache, rank)
     _check_hashes(cache, blocks)
+    _check_host(cache)
 
 
 def _check_references(cache: KvCache, blocks: set[Block]) -> None:
@@ -65,3 +66,18 @@ def _check_hashes(cache: KvCache, blocks: set[Block]) -> None:
         )
         expected = cache.pools[rank].num_free + units
         assert cache.free_units(rank) == expected, f"rank {rank}: idle units do not add up"
+
+
+def _check_host(cache: KvCache) -> None:
+    both = cache.tables.keys() & cache.parked.keys()
+    assert not both, f"KV on the device and parked at once: {sorted(both)}"
+    for rank, pool in enumerate(cache.host.pools):
+        owners = [0] * len(pool.refs)
+        for parked in cache.parked.values():
+            for unit in parked.units.get(rank, ()):
+                owners[unit] += 1
+        for held in cache.host.loading.values():
+            for source, unit in held:
+                owners[unit] += source == rank
+        assert pool.refs == owners, f"rank {rank}: host units do not add up"
+        assert pool.num_free == owners.count(0), f"rank {rank}: a lost host unit"

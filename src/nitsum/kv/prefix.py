@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nitsum.kv.blocks import Block
 from nitsum.plan import Group
@@ -31,6 +31,10 @@ def hash_prompt(tokens: Sequence[int], block_tokens: int, salt: int = 0) -> list
     return hashes
 
 
+KEPT = -1
+"""Level of blocks that somebody will come back for: evicted after all others."""
+
+
 class PrefixIndex:
     """Cached blocks by hash, and the unreferenced ones in the order in which they may go."""
 
@@ -40,6 +44,8 @@ class PrefixIndex:
         self._idle: dict[Group, dict[int, OrderedDict[Block, int]]] = {}
         self.num_idle: dict[Group, int] = {}
         """Unreferenced blocks by layout."""
+        self._kept: dict[int, int] = {}
+        """How many want a hash kept."""
         self._clock = 0
 
     def get(self, group: Group, block_hash: int) -> Block | None:
@@ -78,7 +84,7 @@ class PrefixIndex:
     def park(self, block: Block) -> None:
         """The last reference went away: keep it as the most recently used of its level."""
         self._clock += 1
-        group, level = block.group, block.level
+        group, level = block.group, self._level(block)
         levels = self._idle.get(group)
         if levels is None:
             levels = self._idle[group] = {}
@@ -90,9 +96,19 @@ class PrefixIndex:
 
     def use(self, block: Block) -> None:
         """A reference came (back): it is no candidate for eviction."""
-        levels = self._idle.get(block.group)
-        if levels and block.level in levels and levels[block.level].pop(block, None) is not None:
+        blocks = self._idle.get(block.group, {}).get(self._level(block))
+        if blocks and blocks.pop(block, None) is not None:
             self.num_idle[block.group] -= 1
+
+    def keep(self, hashes: Iterable[int]) -> None:
+        """Evict these blocks last, in every layout, until `unkeep` is called as often."""
+        for block_hash in hashes:
+            count = self._kept.get(block_hash, 0)
+            self._mark(block_hash, count + 1)
+
+    def unkeep(self, hashes: Iterable[int]) -> None:
+        for block_hash in hashes:
+            self._mark(block_hash, self._kept[block_hash] - 1)
 
     def victim(self, rank: int) -> Block | None:
         """The next block to evict for room on `rank`: lowest tier first, then longest unused."""
@@ -115,6 +131,23 @@ class PrefixIndex:
             (used, i, b) for level in levels.values() for i, (b, used) in enumerate(level.items())
         ]
         return [block for _, _, block in sorted(aged, key=lambda entry: entry[0])]
+
+    def _level(self, block: Block) -> int:
+        return KEPT if block.hash in self._kept else block.level
+
+    def _mark(self, block_hash: int, count: int) -> None:
+        """Unreferenced copies change their place among those that may be evicted."""
+        changes = (block_hash in self._kept) != (count > 0)
+        found = [blocks[block_hash] for blocks in self._by_hash.values() if block_hash in blocks]
+        idle = [block for block in found if block.refs == 0] if changes else []
+        for block in idle:
+            self.use(block)
+        if count:
+            self._kept[block_hash] = count
+        else:
+            self._kept.pop(block_hash, None)
+        for block in idle:
+            self.park(block)
 
     def all_blocks(self) -> Iterator[Block]:
         for blocks in self._by_hash.values():

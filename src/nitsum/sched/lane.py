@@ -1,203 +1,345 @@
-"""What one lane runs next: decodes first, then prefill chunks, by tier and arrival."""
+"""One lane's requests, and the decision of its next step.
+
+    waiting    no KV; by tenant and slack, one queue a tier
+    returning  ran before, has no slot: KV on the device, in host memory, or to be computed again
+    running    has a slot and KV, and is stepped
+
+`compose()` fills the slots, then the step: decodes first, then prefill chunks as slack allows.
+"""
 
 from __future__ import annotations
 
-from bisect import insort
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from nitsum.kv.cache import KvCache
 from nitsum.plan import Lane
 from nitsum.request import SeqState, Sequence
-from nitsum.sched.limits import LaneLimits
-from nitsum.step import Chunk
-from nitsum.tier import TierSet
+from nitsum.sched.alarms import Alarms
+from nitsum.sched.batch import add_decodes, add_prefills
+from nitsum.sched.composed import Composed, Resumption
+from nitsum.sched.queue import ReturnQueue, TierQueue
+from nitsum.sched.room import Room
+from nitsum.sched.setting import Setting
+from nitsum.sched.share import Shares
+
+PROMOTED = -1
+"""Rank of a request that waited as long as its tier allows: before every level."""
 
 
-@dataclass
-class Composed:
-    """A step as decided, and what deciding it did to other sequences."""
+class Candidate(NamedTuple):
+    """Who should get a slot next, and ahead of whom."""
 
-    chunks: list[Chunk] = field(default_factory=list[Chunk])
-    displaced: list[tuple[Sequence, Sequence]] = field(
-        default_factory=list[tuple[Sequence, Sequence]]
-    )
-    """(paused, in favour of)"""
-    resumed: list[Sequence] = field(default_factory=list[Sequence])
-    gave_up_kv: list[Sequence] = field(default_factory=list[Sequence])
-    """Lost their KV for lack of room; to be queued again."""
-    num_free_slots: int = 0
+    sequence: Sequence
+    rank: int
+    """It may displace levels above this number."""
 
 
 class LaneScheduler:
     """Queues of one lane. `compose()` decides a step; the engine sends it."""
 
-    def __init__(self, lane: Lane, limits: LaneLimits, kv: KvCache, tiers: TierSet) -> None:
+    def __init__(self, lane: Lane, setting: Setting) -> None:
         self.lane = lane
-        self.limits = limits
-        self.kv = kv
-        self.tiers = tiers
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
-        self.paused: list[Sequence] = []
+        self.setting = setting
+        self.kv, self.limits, self.rules = setting.kv, setting.limits, setting.rules
+        self.levels = range(setting.num_levels)
+        tiers = setting.tiers.ordered
+        self.waiting = [
+            TierQueue(setting.accounts[tiers[level].name], fair=self.rules.fair)
+            for level in self.levels
+        ]
+        self.returning = [ReturnQueue() for _ in self.levels]
+        self.running: list[dict[Sequence, None]] = [{} for _ in self.levels]
+        self.paused: list[dict[Sequence, None]] = [{} for _ in self.levels]
+        """Those of `returning` that have KV, on the device or in host memory."""
+        self.num_running = 0
+        self.num_promoted = 0
+        """Running ones that were promoted."""
+        self.waits = Alarms()
+        self.shares = Shares(setting.shares(), 2 * self.limits.max_num_seqs)
+        self.room = Room(self)
+        self.neighbours: list[LaneScheduler] = []
+        """Lanes that share ranks with this one."""
+        self.next_start_s = float("inf")
+        """When the lane's next step must start at the latest."""
+        self.num_dry = 0
+        """Steps in a row in which prefills were ready and none got a token."""
+        self.skipped: dict[Sequence, int] = {}
+        """Steps in a row that left a loose request out."""
 
     # -- coming and going --
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence without KV."""
+        """Queue a sequence without KV on the device."""
         sequence.group = self.lane.group
-        sequence.state = SeqState.WAITING
-        insort(self.waiting, sequence, key=self.urgency)
+        level = self.setting.level(sequence)
+        if sequence.request_id in self.kv.parked:
+            sequence.state = SeqState.PAUSED
+            self.paused[level][sequence] = None
+            self.returning[level].add(sequence)
+        else:
+            sequence.state = SeqState.WAITING
+            ran_before = sequence.num_restarts > 0
+            (self.returning if ran_before else self.waiting)[level].add(sequence)
+        self._set_alarm(sequence)
+        self.next_start_s = min(self.next_start_s, sequence.latest_start_s)
 
     def enter(self, sequence: Sequence) -> None:
         """Take over a sequence that holds KV in this lane's layout."""
         sequence.group = self.lane.group
-        queue = self.paused if sequence.state is SeqState.PAUSED else self.running
-        insort(queue, sequence, key=self.urgency)
+        if sequence.state is SeqState.PAUSED:
+            level = self.setting.level(sequence)
+            self.paused[level][sequence] = None
+            self.returning[level].add(sequence)
+            self._set_alarm(sequence)
+        else:
+            self._run(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever its state."""
-        for queue in (self.running, self.paused, self.waiting):
-            if sequence in queue:
-                queue.remove(sequence)
-                return
+        level = self.setting.level(sequence)
+        if sequence in self.running[level]:
+            del self.running[level][sequence]
+            self.num_running -= 1
+            self.num_promoted -= sequence.promoted
+            self.skipped.pop(sequence, None)
+            return
+        self.paused[level].pop(sequence, None)
+        if not self.returning[level].remove(sequence):
+            self.waiting[level].remove(sequence)
+        self.waits.cancel(sequence)
 
     def take_waiting(self) -> list[Sequence]:
-        """Everything that waits without KV, for routing elsewhere."""
-        waiting, self.waiting = self.waiting, []
-        return waiting
+        """Everything without KV on the device, for routing elsewhere."""
+        taken = [
+            sequence
+            for queue in (*self.returning, *self.waiting)
+            for sequence in queue
+            if sequence.request_id not in self.kv.tables
+        ]
+        for sequence in taken:
+            self.leave(sequence)
+        return taken
 
-    def urgency(self, sequence: Sequence) -> tuple[int, int, float]:
-        """Sort key: tier, the client's order inside it, arrival."""
-        request = sequence.request
-        return (self.tiers[sequence.tier].level, request.order, request.arrival_s)
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self.waiting)) + sum(map(len, self.returning)) - self.num_paused
+
+    @property
+    def num_paused(self) -> int:
+        return sum(map(len, self.paused))
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self.paused)
+        return bool(self.num_running or any(self.returning) or any(self.waiting))
 
     def with_kv(self) -> list[Sequence]:
-        return sorted(self.running + self.paused, key=self.urgency)
+        """Those that hold KV on the device, most urgent first."""
+        tables = self.kv.tables
+        held = [s for s in self._with_state() if s.request_id in tables]
+        level = self.setting.level
+        return sorted(held, key=lambda s: (level(s), s.request.order, s.request.arrival_s))
+
+    def _with_state(self) -> Iterator[Sequence]:
+        for level in self.levels:
+            yield from self.running[level]
+            yield from self.paused[level]
 
     # -- deciding --
 
-    def compose(self, num_free_slots: int) -> Composed:
+    def compose(self, num_free_slots: int, now: float, start_s: float | None = None) -> Composed:
         """The next step; without chunks if there is nothing to run.
 
-        `num_free_slots` bounds how many sequences may be admitted: each needs a row on the workers.
+        `num_free_slots` bounds how many sequences may join: each needs a row on the workers. The
+        step will start at `start_s`, when those before it on its ranks have ended.
         """
-        step = Composed(num_free_slots=num_free_slots)
+        step = Composed(
+            len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
+        )
         self._fill_slots(step)
-        budget = self._add_decodes(step, self.limits.max_batch_tokens)
-        self._add_prefills(step, budget)
+        prefills = add_decodes(self, step)
+        if prefills:
+            add_prefills(self, step, prefills)
+        self._settle(step)
         return step
 
+    def backlog(self) -> list[bool]:
+        """Which levels have work without a slot."""
+        return [bool(self.waiting[i] or self.returning[i]) for i in self.levels]
+
+    def step_time(self, step: Composed) -> float:
+        return self.setting.cost.step_time(self.lane, step.shape)
+
+    # -- slots --
+
     def _fill_slots(self, step: Composed) -> None:
-        """Resume and admit by urgency, displacing strictly lower tiers where slots are full."""
-        while (candidate := self._next_candidate()) is not None:
-            if len(self.running) >= self.limits.max_num_seqs:
-                victim = self.running[-1]
-                if self._level(victim) <= self._level(candidate):
-                    return
-                self._pause(victim, candidate, step)
-            if candidate.state is SeqState.PAUSED:
-                self._resume(candidate, step)
-            elif not self._admit(candidate, step):
+        """Slots for those next in order, displacing strictly lower tiers where all are taken."""
+        while (candidate := self._next_candidate(step.now)) is not None:
+            if not self._place(candidate, step):
                 return
 
-    def _next_candidate(self) -> Sequence | None:
-        heads = [queue[0] for queue in (self.paused, self.waiting) if queue]
-        return min(heads, key=self.urgency) if heads else None
+    def _next_candidate(self, now: float) -> Candidate | None:
+        if self.rules.shares:
+            waited = self.waits.due(now)
+            if waited is not None and self.num_promoted < max(1, self.limits.max_num_seqs // 2):
+                return Candidate(waited, PROMOTED)
+            if self.num_running < self.limits.max_num_seqs:
+                owed = self.shares.owed(self.backlog())
+                if owed is not None and (head := self._head(owed, now)) is not None:
+                    return Candidate(head, owed)
+        for level in self.levels:
+            if (head := self._head(level, now)) is not None:
+                return Candidate(head, level)
+        return None
 
-    def _pause(self, victim: Sequence, favoured: Sequence, step: Composed) -> None:
-        self.running.remove(victim)
+    def _head(self, level: int, now: float) -> Sequence | None:
+        return self.returning[level].head() or self.waiting[level].head(now)
+
+    def _place(self, candidate: Candidate, step: Composed) -> bool:
+        """A slot and KV for the candidate; False, and it waits, if either cannot be had."""
+        sequence, rank = candidate
+        if self._is_full and self._slot_victim(rank) is None:
+            return False
+        if not self._give_kv(sequence, rank, step):
+            return False
+        if self._is_full:
+            victim = self._slot_victim(rank)
+            if victim is not None:
+                self.pause(victim, sequence, step)
+        if rank == PROMOTED:
+            sequence.promoted = True
+            step.promoted.append(sequence)
+        self._start(sequence, step.now)
+        return True
+
+    @property
+    def _is_full(self) -> bool:
+        return self.num_running >= self.limits.max_num_seqs
+
+    def _slot_victim(self, rank: int) -> Sequence | None:
+        """Who gives up its slot: the latest of the lowest level, if that is below `rank`."""
+        if not self.rules.displaces:
+            return None
+        for level in reversed(self.levels):
+            if level <= rank:
+                return None
+            if self.shares.protects(level):
+                continue
+            for sequence in reversed(self.running[level]):
+                if not sequence.promoted:
+                    return sequence
+        return None
+
+    def pause(self, victim: Sequence, favoured: Sequence, step: Composed) -> None:
+        """The victim keeps its KV and its place, and loses its slot."""
+        level = self.setting.level(victim)
+        self.leave(victim)
         victim.state = SeqState.PAUSED
         victim.num_displaced += 1
-        insort(self.paused, victim, key=self.urgency)
-        step.displaced.append((victim, favoured))
+        victim.wait_from_s = step.now
+        self.paused[level][victim] = None
+        self.returning[level].add(victim)
+        self._set_alarm(victim)
+        if level > self.setting.level(favoured) or favoured.promoted:
+            step.displaced.append((victim, favoured))
 
-    def _resume(self, sequence: Sequence, step: Composed) -> None:
-        self.paused.remove(sequence)
+    def _start(self, sequence: Sequence, now: float) -> None:
+        level = self.setting.level(sequence)
+        if not self.returning[level].remove(sequence):
+            self.waiting[level].remove(sequence)
+        self.paused[level].pop(sequence, None)
+        self.waits.cancel(sequence)
+        sequence.waited_s += max(0.0, now - sequence.wait_from_s)
+        self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.state = SeqState.RUNNING
-        insort(self.running, sequence, key=self.urgency)
-        step.resumed.append(sequence)
+        self.running[self.setting.level(sequence)][sequence] = None
+        self.num_running += 1
+        self.num_promoted += sequence.promoted
 
-    def _admit(self, sequence: Sequence, step: Composed) -> bool:
-        """Give a waiting sequence KV for its whole prompt; False while there is no room."""
+    def _set_alarm(self, sequence: Sequence) -> None:
+        if self.rules.shares:
+            wait_s = self.setting.tiers[sequence.tier].max_wait_s - sequence.waited_s
+            self.waits.set(sequence, sequence.wait_from_s + wait_s)
+
+    # -- KV --
+
+    def _give_kv(self, sequence: Sequence, rank: int, step: Composed) -> bool:
+        request_id = sequence.request_id
+        if request_id in self.kv.tables:
+            step.resumed.append(Resumption(sequence, 0))
+            return True
+        if request_id in self.kv.parked:
+            return self._restore(sequence, rank, step)
+        return self._admit(sequence, rank, step)
+
+    def _restore(self, sequence: Sequence, rank: int, step: Composed) -> bool:
+        """Bring KV back from host memory, with room to go on for a while."""
+        if step.has_lost(sequence):
+            return False
+        rejoins = self.kv.parked[sequence.request_id].group != self.lane.group
+        if rejoins and sequence.num_sampling:
+            return False  # its last token is still on its way from the other lane
+        if sequence.slot is None and not step.num_free_slots:
+            return False
+        if not self.room.restore(sequence, rank, step):
+            return False
+        step.num_free_slots -= sequence.slot is None
+        step.resumed.append(Resumption(sequence, 0, rejoins))
+        return True
+
+    def _admit(self, sequence: Sequence, rank: int, step: Composed) -> bool:
+        """KV for a whole prompt; False while there is no room."""
         if not step.num_free_slots:
             return False
         if sequence.num_sampling:
             return False  # a token drawn before it gave up its KV is still on its way
-        level = self._level(sequence)
-        limit = (len(sequence.tokens) - 1) // self.kv.arena.block_tokens
-        request_id = sequence.request_id
-        num_cached = self.kv.open(request_id, self.lane.group, sequence.hashes[:limit], level)
-        if not self._grow(sequence, len(sequence.tokens), step):
-            self.kv.close(request_id)
+        num_tokens = len(sequence.tokens)
+        limit = (num_tokens - 1) // self.kv.arena.block_tokens
+        num_cached = self.kv.open(
+            sequence.request_id,
+            self.lane.group,
+            sequence.hashes[:limit],
+            self.setting.tiers[sequence.tier].level,
+        )
+        if not self.room.admit(sequence, rank, step):
+            self.kv.close(sequence.request_id)
             return False
         step.num_free_slots -= 1
         sequence.num_cached = num_cached
         sequence.num_dispatched = sequence.num_computed = num_cached
-        self.waiting.remove(sequence)
-        sequence.state = SeqState.RUNNING
-        insort(self.running, sequence, key=self.urgency)
+        self._note_admitted(sequence, num_tokens - num_cached, step)
         return True
 
-    def _add_decodes(self, step: Composed, budget: int) -> int:
-        for sequence in list(self.running):
-            if sequence.num_remaining != 1 or sequence.has_all_samples or not budget:
-                continue
-            if sequence not in self.running:
-                continue  # gave up its KV for one before it
-            if not self._grow(sequence, sequence.num_total, step):
-                if not self._is_moving(sequence):
-                    self._give_up(sequence, step)
-                continue
-            step.chunks.append(Chunk(sequence, sequence.num_dispatched, 1, True))
-            budget -= 1
-        return budget
+    def _note_admitted(self, sequence: Sequence, num_new: int, step: Composed) -> None:
+        if sequence.num_restarts:
+            step.resumed.append(Resumption(sequence, num_new))
+        elif self.rules.fair:
+            accounts = self.setting.accounts[sequence.tier]
+            accounts.charge_prompt(sequence.request.tenant, num_new)
 
-    def _add_prefills(self, step: Composed, budget: int) -> None:
-        chosen = {chunk.sequence for chunk in step.chunks}
-        for sequence in list(self.running):
-            num_left = sequence.num_remaining
-            if not budget:
-                return
-            if num_left < 2 or sequence in chosen or sequence.has_all_samples:
-                continue
-            num_tokens = min(num_left, budget)
-            samples = num_tokens == num_left
-            step.chunks.append(Chunk(sequence, sequence.num_dispatched, num_tokens, samples))
-            budget -= num_tokens
+    # -- afterwards --
 
-    def _grow(self, sequence: Sequence, num_tokens: int, step: Composed) -> bool:
-        """Room for `num_tokens` positions, taken from less urgent sequences if need be."""
-        while not self.kv.grow(sequence.request_id, num_tokens):
-            victim = self._memory_victim(sequence)
-            if victim is None:
-                return False
-            self._give_up(victim, step)
-        return True
+    def _settle(self, step: Composed) -> None:
+        """Keep the books of a composed step."""
+        self.shares.note_step(step.tokens, self.backlog())
+        if self.rules.fair:
+            self._charge(step)
+        self.next_start_s = step.next_due_s - step.predicted_s
+        for level in self.levels:
+            head = self._head(level, step.now)
+            if head is not None:
+                self.next_start_s = min(self.next_start_s, head.latest_start_s)
 
-    def _memory_victim(self, sequence: Sequence) -> Sequence | None:
-        """The least urgent sequence with KV that ranks behind this one: paused ones go first."""
-        for queue in (self.paused, self.running):
-            for victim in reversed(queue):
-                if self.urgency(victim) <= self.urgency(sequence):
-                    break
-                if not self._is_moving(victim):
-                    return victim
-        return None
-
-    def _is_moving(self, sequence: Sequence) -> bool:
-        """Peers may be reading its KV: giving it up would free nothing now."""
-        table = self.kv.tables[sequence.request_id]
-        return any(block.pins for block in table.blocks)
-
-    def _give_up(self, sequence: Sequence, step: Composed) -> None:
-        self.leave(sequence)
-        self.kv.close(sequence.request_id)
-        step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not sequence]
-        step.gave_up_kv.append(sequence)
-
-    def _level(self, sequence: Sequence) -> int:
-        return self.tiers[sequence.tier].level
+    def _charge(self, step: Composed) -> None:
+        accounts = self.setting.accounts
+        if all(account.num_tenants < 2 for account in accounts.values()):
+            return
+        counts = Counter(
+            (chunk.sequence.tier, chunk.sequence.request.tenant)
+            for chunk in step.chunks
+            if chunk.samples
+        )
+        for (tier, tenant), count in counts.items():
+            accounts[tier].charge_answers([(tenant, count)])

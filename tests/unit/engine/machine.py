@@ -6,6 +6,7 @@ import itertools
 
 from nitsum.clock import VirtualClock
 from nitsum.config import EngineConfig
+from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.fake_executor import FakeExecutor, answer_of
 from nitsum.events import EventLog
@@ -28,6 +29,8 @@ class Machine:
         units_per_block: int = 4,
         seed: int = 0,
         plans: PlanSet | None = None,
+        num_host_blocks: int = 0,
+        cost: CostModel | None = None,
         **settings: object,
     ) -> None:
         self.plans = plans or default_plans(num_ranks)
@@ -45,11 +48,12 @@ class Machine:
             units_per_block=units_per_block,
             block_tokens=BLOCK_TOKENS,
             min_degree=self.plans.degrees[0],
+            num_host_units=num_host_blocks * units_per_block,
         )
         self.executor = FakeExecutor(self.arena, seed)
         self.log = EventLog()
         self.clock = VirtualClock()
-        self.core = Core(self.config, self.arena, self.executor, self.clock, self.log)
+        self.core = Core(self.config, self.arena, self.executor, self.clock, self.log, cost=cost)
         self.requests: dict[str, Request] = {}
         self.answers: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
@@ -108,6 +112,8 @@ class Machine:
                 expected = answer_of(request.prompt, sampling.max_tokens, sampling.stop_token_ids)
                 assert self.answers[request_id] == expected, request_id
         assert not self.core.generation.kv.tables
+        assert not self.core.generation.kv.parked
+        assert not self.core.generation.kv.host.loading
         slots = self.core.generation.dispatcher
         assert slots.num_free_slots == 4 * self.config.max_num_seqs * self.config.num_ranks
 

@@ -90,3 +90,33 @@ def test_plans_without_narrow_lanes(script, seed):
     """min_tp above 1: the largest page is a part of the block."""
     plans = tuple(parse_plan(name, 4) for name in ("2xTP2", "TP4", "TP4/2xTP2"))
     run(Machine(4, seed=seed, plans=PlanSet(4, plans, "2xTP2"), min_tp=2), script)
+
+
+@settings(parent=relaxed, max_examples=100)
+@given(
+    script=st.lists(actions, max_size=30),
+    seed=st.integers(0, 2**16),
+    num_host_blocks=st.integers(1, 60),
+    num_blocks=st.integers(9, 14),
+    units_per_block=st.sampled_from([1, 2, 4]),
+)
+def test_with_host_memory(script, seed, num_host_blocks, num_blocks, units_per_block):
+    """KV goes to host memory and comes back, into whatever layout is in force by then."""
+    machine = Machine(
+        4,
+        seed=seed,
+        units_per_block=units_per_block,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+    )
+    run(machine, script)
+
+
+@settings(parent=relaxed, max_examples=60)
+@given(
+    script=st.lists(actions, max_size=25),
+    seed=st.integers(0, 2**16),
+    policy=st.sampled_from(["fcfs", "priority"]),
+)
+def test_other_policies(script, seed, policy):
+    run(Machine(4, seed=seed, num_blocks=12, num_host_blocks=20, policy=policy), script)

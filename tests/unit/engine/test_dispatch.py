@@ -13,7 +13,7 @@ def sent_to(machine: Machine, rank: int) -> list[Move]:
 
 
 def relocate(machine: Machine, *copies: Relocation) -> None:
-    machine.core.generation.kv._relocations.extend(copies)
+    machine.core.generation.kv._copies.extend(copies)
 
 
 def test_relocations_leave_before_anything_that_counts_messages():
@@ -30,7 +30,7 @@ def test_copies_that_build_on_each_other_are_separate_messages():
     """A place that was freed and taken again must be read before it is written."""
     machine = Machine(2, units_per_block=2)
     relocate(machine, Relocation(0, 4, 8, 2), Relocation(0, 6, 4, 2), Relocation(0, 12, 14, 2))
-    machine.core.generation.dispatcher.flush_relocations()
+    machine.core.generation.dispatcher.flush_copies()
     assert [move.pulls[0].src_units for move in sent_to(machine, 0)] == [[4, 5], [6, 7, 12, 13]]
 
 

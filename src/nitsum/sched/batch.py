@@ -1,0 +1,242 @@
+"""Filling one step: every decode that is ready, then prefill chunks as far as slack allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from math import ceil, inf
+from typing import TYPE_CHECKING
+
+from nitsum.request import Sequence
+from nitsum.sched.budget import largest_chunk, with_prefill
+from nitsum.sched.composed import Composed
+from nitsum.sched.targets import LOOSEST, TIGHTEST
+from nitsum.step import BatchShape, Chunk
+
+if TYPE_CHECKING:
+    from nitsum.sched.lane import LaneScheduler
+
+MIN_CHUNK = 16
+"""Chunks below this cost a step's overhead and bring nothing, unless they finish a prompt."""
+PATIENCE = 4
+"""Steps that may leave prefills out in a row; then they get a chunk whatever the slack says."""
+MAX_SKIPS = 8
+"""Steps a loose request may sit out in a row."""
+
+
+# --- decodes -------------------------------------------------------------------------------------
+
+
+def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
+    """Put every sequence in decode into the step; returns those with more to compute."""
+    prefills: list[Sequence] = []
+    context = 0
+    for level in lane.levels:
+        num_before = len(step.chunks)
+        context += _add_level(lane, step, level, prefills)
+        step.tokens[level] = len(step.chunks) - num_before
+    count = len(step.chunks)
+    if step.preempted:
+        _recount(lane, step)
+        prefills = [sequence for sequence in prefills if not step.has_lost(sequence)]
+    else:
+        step.shape = BatchShape(count, context, 0, 0, count)
+    if lane.rules.slack and count:
+        _thin_out(lane, step)
+    if step.chunks:
+        step.predicted_s = lane.step_time(step)
+    return prefills
+
+
+def _add_level(lane: LaneScheduler, step: Composed, level: int, prefills: list[Sequence]) -> int:
+    """The decodes of one level; returns their context in tokens. This loop is the hot one."""
+    block_tokens, start_s = lane.kv.arena.block_tokens, step.start_s
+    most = lane.limits.max_batch_tokens
+    append = step.chunks.append
+    context, tight_s, next_due_s = 0, inf, inf
+    for sequence in list(lane.running[level]):
+        total = len(sequence.tokens) + sequence.num_sampling
+        start = sequence.num_dispatched
+        answered = total - sequence.num_prompt
+        if answered >= sequence.request.sampling.max_tokens:
+            continue  # nothing left to draw
+        if total - start != 1:
+            if total - start > 1:
+                prefills.append(sequence)
+            continue
+        # A block begins here; every other position lies in the block of the one before it.
+        if start % block_tokens == 0 and not _grow(lane, step, sequence, total):
+            continue
+        if len(step.chunks) >= most or (step.preempted and step.has_lost(sequence)):
+            continue
+        pace_s = sequence.pace_s
+        if pace_s is not None and sequence.first_token_s is not None:
+            due_s = sequence.first_token_s + answered * pace_s
+            allowed_s = min(max(due_s - start_s, TIGHTEST * pace_s), LOOSEST * pace_s)
+            tight_s = min(tight_s, allowed_s)
+            next_due_s = min(next_due_s, due_s + pace_s)
+        append(Chunk(sequence, start, 1, True))
+        context += total
+    step.tight_s[level] = tight_s
+    step.next_due_s = min(step.next_due_s, next_due_s)
+    return context
+
+
+def _grow(lane: LaneScheduler, step: Composed, sequence: Sequence, num_tokens: int) -> bool:
+    """A block for its next position; without one it makes way itself, unless peers read its KV."""
+    if step.preempted and step.has_lost(sequence):
+        return False
+    if lane.room.grow(sequence, num_tokens, step):
+        return True
+    if not lane.room.is_moving(sequence):
+        lane.room.yield_kv(sequence, sequence, step)
+    return False
+
+
+def _recount(lane: LaneScheduler, step: Composed) -> None:
+    """Somebody who was in the step had to leave it."""
+    step.tokens = [0] * len(lane.levels)
+    for chunk in step.chunks:
+        step.tokens[lane.setting.level(chunk.sequence)] += 1
+    count = len(step.chunks)
+    step.shape = BatchShape(count, sum(c.start + 1 for c in step.chunks), 0, 0, count)
+
+
+def _thin_out(lane: LaneScheduler, step: Composed) -> None:
+    """Leave out as many loose requests as it takes for the tight ones to keep their pace."""
+    allowed_s = min(step.tight_s)
+    predicted_s = lane.step_time(step)
+    if allowed_s == inf or predicted_s <= allowed_s:
+        lane.skipped.clear()
+        return
+    slack = [(_skip_slack_s(lane, step, chunk, predicted_s), chunk) for chunk in step.chunks]
+    loose = [chunk for slack_s, chunk in sorted(slack, key=lambda entry: entry[0]) if slack_s > 0]
+    count = _fewest(lane, step, loose, allowed_s)
+    count = min(count, len(step.chunks) - 1)  # a step without decodes would help nobody
+    left_out = {chunk.sequence for chunk in loose[len(loose) - count :]}
+    lane.skipped = {s: lane.skipped.get(s, 0) + 1 for s in left_out}
+    if left_out:
+        step.chunks[:] = [chunk for chunk in step.chunks if chunk.sequence not in left_out]
+        _recount(lane, step)
+
+
+def _skip_slack_s(lane: LaneScheduler, step: Composed, chunk: Chunk, predicted_s: float) -> float:
+    """What is left of a request's slack if it sits this step out; 0 and less: it must not."""
+    sequence = chunk.sequence
+    if sequence.promoted or lane.skipped.get(sequence, 0) >= MAX_SKIPS:
+        return 0.0
+    if lane.shares.protects(lane.setting.level(sequence)):
+        return 0.0
+    if sequence.pace_s is None:
+        return inf
+    if sequence.first_token_s is None:
+        return 0.0
+    num_answered = chunk.start + 1 - sequence.num_prompt
+    due_s = sequence.first_token_s + num_answered * sequence.pace_s
+    return due_s - step.start_s - 2 * predicted_s
+
+
+def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: float) -> int:
+    """How many of the last loose chunks must go; all of them if that is not enough either."""
+    decodes, context = step.shape.num_decode, step.shape.decode_context_tokens
+    left = [0, *accumulate(chunk.start + 1 for chunk in reversed(loose))]
+    low, high = 0, len(loose)
+    while low < high:
+        middle = (low + high) // 2
+        num = decodes - middle
+        shape = BatchShape(num, context - left[middle], 0, 0, num)
+        if lane.setting.cost.step_time(lane.lane, shape) <= allowed_s:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+# --- prefills ------------------------------------------------------------------------------------
+
+
+def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) -> None:
+    """Chunks in order, each as large as the tightest affected decode allows."""
+    had_none = True
+    for sequence in sorted(prefills, key=_order_key(lane)):
+        num_tokens = _chunk_tokens(lane, step, sequence)
+        if not num_tokens:
+            break
+        had_none = False
+        _add_chunk(lane, step, sequence, num_tokens)
+    lane.num_dry = lane.num_dry + 1 if had_none else 0
+    if step.chunks:
+        step.predicted_s = lane.step_time(step)
+
+
+def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_tokens: int) -> None:
+    start = sequence.num_dispatched
+    samples = num_tokens == sequence.num_remaining
+    step.chunks.append(Chunk(sequence, start, num_tokens, samples))
+    step.shape = with_prefill(step.shape, start, num_tokens, samples)
+    step.tokens[lane.setting.level(sequence)] += num_tokens
+
+
+def _order_key(lane: LaneScheduler) -> Callable[[Sequence], tuple[int, float]]:
+    """Promoted first, then those their tier is owed, then tiers; least slack inside each."""
+    level_of, shares, by_slack = lane.setting.level, lane.shares, lane.rules.slack
+
+    def key(sequence: Sequence) -> tuple[int, float]:
+        level = level_of(sequence)
+        is_owed = shares.protects(level)
+        rank = -2 if sequence.promoted else -1 if is_owed else level
+        return rank, sequence.latest_start_s if by_slack else sequence.request.arrival_s
+
+    return key
+
+
+def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> int:
+    """Tokens of this prompt the step takes; 0 if it takes none."""
+    left = sequence.num_remaining
+    most = min(left, lane.limits.max_batch_tokens - step.shape.num_tokens)
+    level = lane.setting.level(sequence)
+    if lane.shares.protects(level) and not sequence.promoted:
+        most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
+    if not lane.rules.slack or most <= 0:
+        return max(most, 0)
+    count = _by_slack(lane, step, sequence, most)
+    if count >= min(left, most, MIN_CHUNK):
+        return count
+    if step.shape.prefill_tokens or lane.num_dry < PATIENCE:
+        return 0
+    return min(most, max(MIN_CHUNK, lane.limits.max_batch_tokens // 8))
+
+
+def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:
+    """The chunk that all decodes bear; if it would come too late with that, the chunk that those
+    of its own and higher tiers bear."""
+    others_s = _neighbours_bear_s(lane, step)
+    allowed_s = min(min(step.tight_s), others_s)
+    count = _fitting(lane, step, sequence, most, allowed_s)
+    level = lane.setting.level(sequence)
+    higher_s = min(min(step.tight_s[: level + 1]), others_s)
+    if count == most or higher_s <= allowed_s:
+        return count
+    num_steps = ceil(sequence.num_remaining / max(count, 1))
+    on_time = step.start_s + num_steps * allowed_s <= sequence.first_due_s
+    is_lost = step.start_s > sequence.first_due_s
+    return count if on_time or is_lost else _fitting(lane, step, sequence, most, higher_s)
+
+
+def _fitting(
+    lane: LaneScheduler, step: Composed, sequence: Sequence, most: int, allowed_s: float
+) -> int:
+    if allowed_s == inf:
+        return most
+
+    def step_time(shape: BatchShape) -> float:
+        return lane.setting.cost.step_time(lane.lane, shape)
+
+    left = sequence.num_remaining
+    return largest_chunk(step_time, step.shape, sequence.num_dispatched, left, most, allowed_s)
+
+
+def _neighbours_bear_s(lane: LaneScheduler, step: Composed) -> float:
+    """How long the step may hold its ranks before a lane that shares them must start."""
+    starts = [other.next_start_s for other in lane.neighbours if other.has_work]
+    return max(0.0, min(starts) - step.start_s) if starts else inf

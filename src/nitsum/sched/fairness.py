@@ -1,0 +1,85 @@
+"""Fairness between the tenants of one tier: virtual token counters.
+
+Each tenant has a counter of the service it received, prompt tokens and answer tokens weighted. The
+waiting tenant with the smallest counter is served next. A tenant that comes back after a pause is
+lifted to the smallest counter of those that wait, so idleness earns no credit. For two tenants that
+both wait throughout, the difference in service then stays within 2 max(w_p L, w_q M), with L the
+longest prompt and M the tokens a running batch can hold (Sheng et al., "Fairness in serving large
+language models", OSDI 2024, theorem 4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import heappop, heappush, heapreplace
+from itertools import count
+
+PROMPT_WEIGHT = 1.0
+ANSWER_WEIGHT = 2.0
+"""An answer token costs about as much as two prompt tokens; the weights the paper uses."""
+
+
+class Account:
+    """One tenant's service in one tier."""
+
+    __slots__ = ("num_waiting", "served", "tenant")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.served = 0.0
+        """Weighted tokens."""
+        self.num_waiting = 0
+
+
+class Accounts:
+    """All tenants of one tier, over all lanes."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+        self._waiting: list[tuple[float, int, Account]] = []
+        """Heap of tenants with waiting requests; keys may be too small, never too large."""
+        self._last_served = 0.0
+        self._ids = count()
+
+    def __getitem__(self, tenant: str) -> Account:
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account(tenant)
+        return account
+
+    def enter(self, account: Account) -> None:
+        """One more request of the tenant waits."""
+        if not account.num_waiting:
+            least = self._least()
+            account.served = max(account.served, self._last_served if least is None else least)
+            heappush(self._waiting, (account.served, next(self._ids), account))
+        account.num_waiting += 1
+
+    def leave(self, account: Account) -> None:
+        """One of them waits no longer."""
+        account.num_waiting -= 1
+        if not account.num_waiting:
+            self._last_served = account.served
+
+    def charge_prompt(self, tenant: str, num_tokens: int) -> None:
+        self[tenant].served += PROMPT_WEIGHT * num_tokens
+
+    def charge_answers(self, tenants: Iterable[tuple[str, int]]) -> None:
+        for tenant, num_tokens in tenants:
+            self[tenant].served += ANSWER_WEIGHT * num_tokens
+
+    @property
+    def num_tenants(self) -> int:
+        return len(self._accounts)
+
+    def _least(self) -> float | None:
+        heap = self._waiting
+        while heap:
+            key, entry_id, account = heap[0]
+            if not account.num_waiting:
+                heappop(heap)
+            elif account.served > key:
+                heapreplace(heap, (account.served, entry_id, account))
+            else:
+                return key
+        return None

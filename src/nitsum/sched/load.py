@@ -1,0 +1,73 @@
+"""How much work lanes and ranks have before them: sums kept as requests come and go."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from nitsum.plan import Group, Lane
+from nitsum.request import Sequence
+from nitsum.sched.estimate import Work
+
+
+@dataclass
+class _Entry:
+    lane: Lane
+    level: int
+    num_tokens: int
+    prefill_s: float
+    answer_s: float
+
+
+class LoadBook:
+    """Estimated seconds of work, by rank and level, and positions by lane.
+
+    Lanes that share ranks share their load. A request counts from the moment it is queued; its
+    prompt until its last prefill chunk is sent, its answer until it ends.
+    """
+
+    def __init__(self, num_ranks: int, num_levels: int) -> None:
+        self.num_levels = num_levels
+        self._up_to = [[0.0] * num_levels for _ in range(num_ranks)]
+        """[rank][level]: work of that level and all before it."""
+        self._tokens: dict[Group, int] = defaultdict(int)
+        self._entries: dict[Sequence, _Entry] = {}
+
+    def add(self, sequence: Sequence, lane: Lane, level: int, work: Work) -> None:
+        self.remove(sequence)
+        num_tokens = len(sequence.tokens)
+        prefill_s = work.prefill_s if sequence.num_dispatched < num_tokens else 0.0
+        entry = _Entry(lane, level, num_tokens, prefill_s, work.answer_s)
+        self._entries[sequence] = entry
+        self._tokens[lane.group] += num_tokens
+        self._shift(entry, prefill_s + work.answer_s)
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """The whole prompt has been sent."""
+        entry = self._entries.get(sequence)
+        if entry is not None and entry.prefill_s:
+            self._shift(entry, -entry.prefill_s)
+            entry.prefill_s = 0.0
+
+    def remove(self, sequence: Sequence) -> None:
+        entry = self._entries.pop(sequence, None)
+        if entry is not None:
+            self._tokens[entry.lane.group] -= entry.num_tokens
+            self._shift(entry, -entry.prefill_s - entry.answer_s)
+
+    def backlog_s(self, lane: Lane, level: int) -> float:
+        """Work at the level and before it, on the lane's busiest rank."""
+        up_to = self._up_to
+        return max([up_to[rank][level] for rank in lane.group.ranks])
+
+    def num_tokens(self, group: Group) -> int:
+        """Positions of the lane's requests when they were queued."""
+        return self._tokens[group]
+
+    def _shift(self, entry: _Entry, seconds: float) -> None:
+        for rank in entry.lane.group.ranks:
+            sums = self._up_to[rank]
+            for level in range(entry.level, self.num_levels):
+                sums[level] += seconds
+        if not self._entries:
+            self._up_to = [[0.0] * self.num_levels for _ in self._up_to]  # no rounding stays

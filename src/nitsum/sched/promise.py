@@ -1,0 +1,190 @@
+"""What one lane can promise: its SLO-safe capacity, out of the cost model.
+
+Time on a lane is divided in two halves, so that both halves of a promise hold at once:
+
+    decodes     a step with every promised request decoding takes at most half the tightest TPOT
+    prefills    in the other half of each such period, prompts are computed in chunks; a prompt is
+                promised if all promised prompts of its and higher tiers, and its own, are through
+                by its TTFT at that rate
+
+A higher tier goes before a lower one, so promising it uses up slack of the lower tiers' promises;
+what each level has left is kept, and a request that would take more is not promised. Lower tiers
+leave a part of the lane free for those above them.
+
+A deadline tier is promised if all work before it and its own would be done in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from heapq import heappop, heappush
+from math import ceil, inf
+
+from nitsum.cost.protocol import CostModel
+from nitsum.plan import Lane
+from nitsum.request import Sequence
+from nitsum.sched.budget import largest_chunk
+from nitsum.sched.limits import LaneLimits
+from nitsum.step import BatchShape
+from nitsum.tier import Tier
+
+DECODE_PART = 0.5
+"""Part of the tightest TPOT that decodes may take."""
+HEADROOM = 0.25
+"""Part of a lane that tiers below the first leave free."""
+
+
+class _Level:
+    """Promised prompts of one level that are not through yet."""
+
+    def __init__(self) -> None:
+        self.pending: dict[Sequence, float] = {}
+        """Seconds of the lane until each is through, on its own."""
+        self.backlog_s = 0.0
+        self.taken_s = 0.0
+        """Time higher levels have taken from promises made here, summed."""
+        self._slack: list[tuple[float, int, Sequence]] = []
+        self._num_added = 0
+
+    def slack_s(self) -> float:
+        """How much later every pending promise could be through."""
+        heap = self._slack
+        while heap and heap[0][-1] not in self.pending:
+            heappop(heap)
+        return heap[0][0] - self.taken_s if heap else inf
+
+    def add(self, sequence: Sequence, seconds: float, slack_s: float) -> None:
+        self.pending[sequence] = seconds
+        self.backlog_s += seconds
+        self._num_added += 1
+        heappush(self._slack, (slack_s + self.taken_s, self._num_added, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        seconds = self.pending.pop(sequence, None)
+        if seconds is not None:
+            self.backlog_s -= seconds
+        if not self.pending:
+            self.backlog_s = self.taken_s = 0.0
+            self._slack.clear()
+
+
+class Promises:
+    """The promises one lane has given."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        tiers: List[Tier],
+        cost: CostModel,
+        limits: LaneLimits,
+        capacity_tokens: int,
+    ) -> None:
+        self.cost = cost
+        self.limits = limits
+        self.capacity_tokens = capacity_tokens
+        """KV positions the lane can hold."""
+        self.tiers = tuple(tiers)
+        self._levels = [_Level() for _ in tiers]
+        self._held: dict[Sequence, int] = {}
+        """Promised requests with a TPOT, and the positions they may come to hold."""
+        self.num_tokens = 0
+        self._chunk: int | None = None
+        self.serve(lane)
+
+    def serve(self, lane: Lane) -> None:
+        """The lane has these tiers and this role from now on."""
+        served = [tier for tier in self.tiers if lane.serves(tier.name)] or self.tiers
+        self.lane = lane
+        self.period_s = min((t.tpot_s for t in served if t.tpot_s is not None), default=inf)
+        """The tightest TPOT the lane may have to keep."""
+        self.forget_prices()
+
+    def forget_prices(self) -> None:
+        """The cost model has learned: look at it anew."""
+        self._chunk = None
+
+    @property
+    def num_promised(self) -> int:
+        return len(self._held)
+
+    def can(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
+        """Whether the lane can promise a request of a TPOT tier: `num_prompt` positions to compute
+        within `slack_s`, `num_tokens` to hold in the end."""
+        level = self.tiers.index(tier)
+        if not self._can_decode(tier, level, num_tokens):
+            return False
+        seconds = self.through_s(num_prompt)
+        ahead_s = sum(entry.backlog_s for entry in self._levels[: level + 1])
+        if ahead_s + seconds > slack_s:
+            return False
+        return all(entry.slack_s() >= seconds for entry in self._levels[level + 1 :])
+
+    def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
+        """Whether it could if it had promised nothing: if not, load is not what is in the way."""
+        return self._decode_fits(tier, 1, num_tokens, 1.0) and self.through_s(num_prompt) <= slack_s
+
+    def add(
+        self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float
+    ) -> None:
+        """Promise it; `can` was asked."""
+        level = self.tiers.index(tier)
+        seconds = self.through_s(num_prompt)
+        ahead_s = sum(entry.backlog_s for entry in self._levels[: level + 1])
+        self._levels[level].add(sequence, seconds, slack_s - ahead_s - seconds)
+        for entry in self._levels[level + 1 :]:
+            entry.taken_s += seconds
+        self._held[sequence] = num_tokens
+        self.num_tokens += num_tokens
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """Its prompt is through."""
+        if sequence in self._held:
+            for entry in self._levels:
+                entry.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        num_tokens = self._held.pop(sequence, None)
+        if num_tokens is not None:
+            self.num_tokens -= num_tokens
+            for entry in self._levels:
+                entry.remove(sequence)
+
+    def through_s(self, num_prompt: int) -> float:
+        """Seconds of the lane until a prompt is computed, beside decodes."""
+        chunk = self._chunk_tokens()
+        if not chunk:
+            return inf
+        if self.period_s == inf:
+            return (
+                self._chunk_s(num_prompt)
+                if num_prompt <= chunk
+                else (num_prompt / chunk * self._chunk_s(chunk))
+            )
+        return ceil(num_prompt / chunk) * self.period_s
+
+    # -- inside --
+
+    def _can_decode(self, tier: Tier, level: int, num_tokens: int) -> bool:
+        part = 1.0 if level == 0 else 1.0 - HEADROOM
+        return self._decode_fits(tier, len(self._held) + 1, self.num_tokens + num_tokens, part)
+
+    def _decode_fits(self, tier: Tier, count: int, num_tokens: int, part: float) -> bool:
+        if count > part * self.limits.max_num_seqs or num_tokens > part * self.capacity_tokens:
+            return False
+        period_s = min(self.period_s, tier.tpot_s or inf)
+        shape = BatchShape(count, num_tokens, 0, 0, count)
+        return self.cost.step_time(self.lane, shape) <= part * DECODE_PART * period_s
+
+    def _chunk_tokens(self) -> int:
+        if self._chunk is None:
+            most = self.limits.max_batch_tokens
+            allowed_s = (1.0 - DECODE_PART) * self.period_s
+            self._chunk = largest_chunk(self._step_time, BatchShape(), most, most, most, allowed_s)
+        return self._chunk
+
+    def _chunk_s(self, num_tokens: int) -> float:
+        context = num_tokens * (num_tokens + 1) // 2
+        return self._step_time(BatchShape(0, 0, num_tokens, context, 1))
+
+    def _step_time(self, shape: BatchShape) -> float:
+        return self.cost.step_time(self.lane, shape)
