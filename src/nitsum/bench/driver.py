@@ -1,0 +1,183 @@
+"""The engine without a server: one process that submits, switches and waits.
+
+workers = Workers(config, ...)          processes, started once
+driver = workers.driver()               a fresh core over them
+driver.submit(...); driver.switch(...)
+driver.run()                            until nothing is left; answers in driver.answers
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import zmq
+
+from nitsum.clock import MonotonicClock
+from nitsum.config import EngineConfig
+from nitsum.engine.core import Core
+from nitsum.engine.process import arena_of
+from nitsum.engine.process_executor import OnProgress, ProcessExecutor
+from nitsum.errors import NitsumError
+from nitsum.events import EventSink, NullSink
+from nitsum.kv.cache import ArenaShape
+from nitsum.messages import Output, Ready, SwitchReport
+from nitsum.request import FinishReason, Request
+from nitsum.shape import ModelShape
+
+WAIT_MS = 50
+"""Longest sleep for a worker's reply."""
+SETTLE_S = 30.0
+"""Steps still on their way when the last request has ended are given this long."""
+
+
+@dataclass
+class Answer:
+    """What came back for one request so far."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list[int])
+    logits: list[bytes] = field(default_factory=list[bytes])
+    """float32 [vocabulary] of each token, where the request asked for them."""
+    times_s: list[float] = field(default_factory=list[float])
+    """When each token was here, on the monotonic clock."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    num_cached: int = 0
+
+
+class Watcher(Protocol):
+    """Looks at the core around each turn."""
+
+    def before(self, core: Core) -> None: ...
+
+    def after(self, core: Core) -> None: ...
+
+
+class Workers:
+    """Running worker processes; cores over them come and go, one at a time."""
+
+    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
+        """Starts them; raises what `ProcessExecutor.start` raises."""
+        self.config = config
+        self.shape = ModelShape.from_folder(Path(config.model))
+        self.executor = ProcessExecutor(config, self.shape, on_progress=on_progress)
+        try:
+            self.ready: list[Ready] = self.executor.start()
+        except BaseException:
+            self.executor.close()
+            raise
+        self.arena: ArenaShape = arena_of(config, self.shape, self.ready)
+        self._driver: Driver | None = None
+
+    def driver(
+        self,
+        config: EngineConfig | None = None,
+        sink: EventSink | None = None,
+        watcher: Watcher | None = None,
+    ) -> Driver:
+        """A core that knows nothing of those before it.
+
+        `config` may differ from the workers' in what only the engine reads: the initial plan, the
+        prefix cache, tiers. The driver before must have run to its end.
+        """
+        if self._driver is not None:
+            self._driver.settle()
+        self._driver = Driver(config or self.config, self, sink or NullSink(), watcher)
+        return self._driver
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Driver:
+    """A core, and what it said."""
+
+    def __init__(
+        self, config: EngineConfig, workers: Workers, sink: EventSink, watcher: Watcher | None
+    ) -> None:
+        self.executor = workers.executor
+        self.core = Core(config, workers.arena, self.executor, MonotonicClock(), sink)
+        self.answers: dict[str, Answer] = {}
+        self.reports: list[SwitchReport] = []
+        self._watcher = watcher
+        self._something_new = False
+
+    def submit(self, request: Request) -> None:
+        self.answers[request.request_id] = Answer(request)
+        self.core.submit(request)
+        self._something_new = True
+
+    def switch(self, plan: str) -> None:
+        """Ask for a plan; its report joins `reports` when the switch has ended."""
+        self.core.switch(f"switch-{len(self.reports)}", plan)
+        self._something_new = True
+
+    def turn(self) -> None:
+        """Sleep until a worker has replied, unless there is something new; then one turn."""
+        if not self._something_new:
+            self._wait()
+        self._something_new = False
+        if self._watcher is not None:
+            self._watcher.before(self.core)
+        messages = self.core.turn()
+        if self._watcher is not None:
+            self._watcher.after(self.core)
+        now_s = time.monotonic()
+        for message in messages:
+            if isinstance(message, SwitchReport):
+                self.reports.append(message)
+            elif isinstance(message, Output):
+                self._take(message, now_s)
+
+    def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Turn until `until` says so, or until nothing is left to do."""
+        while self.core.has_work and not (until is not None and until()):
+            self.turn()
+
+    def settle(self) -> None:
+        """Until no step is on its way; raises `NitsumError` when one never comes back."""
+        self.run()
+        deadline_s = time.monotonic() + SETTLE_S
+        while self.core.generation.in_flight:
+            if time.monotonic() > deadline_s:
+                raise NitsumError(f"A step did not end within {SETTLE_S:g} s of the last answer.")
+            self.turn()
+
+    @property
+    def num_active(self) -> int:
+        """Requests that have not ended."""
+        return len(self.core.sequences)
+
+    @property
+    def is_switching(self) -> bool:
+        return self.core.status("driver").switching_to is not None
+
+    def _wait(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.executor.reply_socket, zmq.POLLIN)
+        poller.poll(WAIT_MS)
+
+    def _take(self, output: Output, now_s: float) -> None:
+        answer = self.answers[output.request_id]
+        answer.tokens.extend(output.tokens)
+        answer.logits.extend(output.logits)
+        answer.times_s.extend([now_s] * len(output.tokens))
+        answer.num_cached = max(answer.num_cached, output.num_cached)
+        answer.finish_reason = output.finish_reason or answer.finish_reason
+        answer.error = output.error or answer.error

@@ -1,0 +1,51 @@
+"""Where a number comes from: command, versions, hardware, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nitsum import __version__
+
+_PACKAGES = ("torch", "transformers")
+
+
+def summary(figures: dict[str, float], notes: str = "") -> dict[str, Any]:
+    """A run's result, as files of published results hold it."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["nitsum", *sys.argv[1:]]),
+        "versions": versions(),
+        "hardware": hardware(),
+        "notes": notes,
+        "figures": figures,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"nitsum": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """The processor and how many cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
