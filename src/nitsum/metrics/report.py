@@ -272,8 +272,8 @@ def _headline(report: Report) -> str:
 
 
 def _tier_table(report: Report) -> Table:
-    table = Table("tier", "requests", "met", "goodput/s", "TTFT P50", "P90", "P99", title=None)
-    for name in ("TPOT P50", "P90", "P99", "gap P90", "refused", "downgr.", "displ."):
+    table = Table("tier", title="Latency: P50 / P90 / P99")
+    for name in ("requests", "met", "goodput/s", "TTFT", "TPOT", "gap P90", "ref/down/disp"):
         table.add_column(name, justify="right")
     for tier in report.tiers:
         table.add_row(
@@ -281,14 +281,22 @@ def _tier_table(report: Report) -> Table:
             str(tier.num_requests),
             _percent(tier.attainment),
             _number(tier.goodput_per_s),
-            *(_seconds(value) for value in (tier.ttft_s.p50, tier.ttft_s.p90, tier.ttft_s.p99)),
-            *(_seconds(value) for value in (tier.tpot_s.p50, tier.tpot_s.p90, tier.tpot_s.p99)),
+            _percentiles(tier.ttft_s),
+            _percentiles(tier.tpot_s),
             _seconds(tier.longest_gap_s.p90),
-            str(tier.num_refused),
-            str(tier.num_downgraded),
-            str(tier.num_displaced),
+            f"{tier.num_refused}/{tier.num_downgraded}/{tier.num_displaced}",
         )
     return table
+
+
+def _percentiles(summary: Summary) -> str:
+    """All in the unit of the middle one."""
+    values = (summary.p50, summary.p90, summary.p99)
+    if summary.p50 is None:
+        return "-"
+    unit, scale = ("ms", 1e3) if summary.p50 < 1.0 else ("s", 1.0)
+    shown = ("-" if value is None else f"{value * scale:.3g}" for value in values)
+    return f"{'/'.join(shown)} {unit}"
 
 
 def _switch_table(report: Report) -> Table:

@@ -108,7 +108,7 @@ def test_the_text_names_tiers_switches_and_withholds_p99() -> None:
     assert "2xTP1 -> TP2" in text
     assert "goodput 1/s" in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ priority")]
-    assert row.count(" - ") == 2
+    assert row.count("/- ms") == 2
 
 
 def test_figures_are_flat_and_rest_on_enough_samples() -> None:

@@ -1,0 +1,140 @@
+"""The same arrivals against several servers, turn by turn, with ratios and their spread."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+from rich.table import Table
+
+from nitsum.errors import ConfigError, NitsumError
+from nitsum.metrics.figures import figures
+from nitsum.metrics.report import Report
+
+SHOWN = re.compile(
+    r"(.*_)?goodput_requests_per_s|(.*_)?attainment_share|output_tokens_per_s|.*_(ttft|tpot)_p(50|99)_s"
+)
+_STOP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the things compared: a server that runs, or flags to start ours with."""
+
+    name: str
+    url: str = ""
+    serve_flags: tuple[str, ...] = ()
+
+
+def read_sides(entries: Sequence[str]) -> list[Side]:
+    """`NAME=http://...` for a server that runs; `NAME=MODEL --flag ...` starts `nitsum serve`."""
+    sides = [_read_side(entry) for entry in entries]
+    if len({side.name for side in sides}) < max(2, len(sides)):
+        raise ConfigError("Give at least two sides, each with a name of its own: NAME=URL|FLAGS.")
+    return sides
+
+
+def _read_side(entry: str) -> Side:
+    name, equals, value = entry.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{entry!r} is not NAME=URL or NAME='MODEL --flag ...'.")
+    if re.match(r"https?://", value):
+        return Side(name, url=value)
+    return Side(name, serve_flags=tuple(shlex.split(value)))
+
+
+@contextmanager
+def running(side: Side) -> Iterator[str]:
+    """The side's URL; a server started for it ends with the context."""
+    if side.url:
+        yield side.url
+        return
+    command = [sys.executable, "-m", "nitsum.cli", "serve", *side.serve_flags, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield _listening(process, side.name)
+    finally:
+        _end(process)
+
+
+def _listening(process: subprocess.Popen[str], name: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.search(r"at (http://\S+)", line):
+            return found[1]
+    raise NitsumError(f"The server of {name!r} ended before it listened; see its messages above.")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+Measure = Callable[[Side, str, int], Report]
+"""(side, its URL, round) -> report"""
+
+
+def compare(
+    sides: Sequence[Side], num_rounds: int, measure: Measure
+) -> dict[str, list[dict[str, float]]]:
+    """Figures of every round by side. Sides take turns, in opposite order every other round."""
+    results: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+    for number in range(num_rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            with running(side) as url:
+                results[side.name].append(figures(measure(side, url, number)))
+    return results
+
+
+def ratios(results: dict[str, list[dict[str, float]]], figure: str) -> dict[str, list[float]]:
+    """Each side's figure over the first side's, round by round; rounds without either are left
+    out."""
+    names = list(results)
+    base = results[names[0]]
+    return {
+        name: [
+            other[figure] / first[figure]
+            for other, first in zip(results[name], base, strict=True)
+            if other.get(figure) is not None and first.get(figure)
+        ]
+        for name in names[1:]
+    }
+
+
+def comparison_table(results: dict[str, list[dict[str, float]]]) -> Table:
+    """Medians over the rounds with their range; ratios to the first side."""
+    names = list(results)
+    shown = [figure for figure in _all_figures(results) if SHOWN.fullmatch(figure)]
+    table = Table("figure", *names, *(f"{name} / {names[0]}" for name in names[1:]))
+    for figure in shown:
+        cells = [_spread([run[figure] for run in results[name] if figure in run]) for name in names]
+        over = ratios(results, figure)
+        table.add_row(figure, *cells, *(_spread(over[name]) for name in names[1:]))
+    return table
+
+
+def _all_figures(results: dict[str, list[dict[str, float]]]) -> list[str]:
+    runs = [run for rounds in results.values() for run in rounds]
+    return list(dict.fromkeys(figure for run in runs for figure in run))
+
+
+def _spread(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    if not ordered:
+        return "-"
+    if len(ordered) == 1:
+        return f"{ordered[0]:.3g}"
+    return f"{median(ordered):.3g} ({ordered[0]:.3g}..{ordered[-1]:.3g})"

@@ -1,0 +1,162 @@
+"""One server, one workload, one report: what `nitsum bench serve` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from nitsum.bench.load import LoadRun, LoadState, Progress
+from nitsum.bench.stream_client import Endpoint
+from nitsum.errors import NitsumError
+from nitsum.events import AnyEvent, EventSink
+from nitsum.metrics.eventfile import EventFile
+from nitsum.metrics.records import Recorder
+from nitsum.metrics.report import Report, build_report
+from nitsum.metrics.targets import Target, Targets
+from nitsum.workload.items import Segment, WorkItem
+
+LATE_S = 0.1
+"""A generator that sends later than this measures itself; the report says so."""
+CANARY_TENANT = "canary"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    report: Report
+    recorder: Recorder
+    state: LoadState
+
+
+async def find_endpoint(
+    url: str, model: str = "", api_key: str | None = None, *, sends_tiers: bool = True
+) -> tuple[Endpoint, int]:
+    """The server's model (the first it lists unless named) and its context length, 0 if unsaid."""
+    url = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with httpx.AsyncClient(timeout=30) as http:
+            answer = await http.get(f"{url}/v1/models", headers=headers)
+            answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise NitsumError(f"No OpenAI-compatible server answers at {url}: {error}.") from None
+    models = answer.json()["data"]
+    chosen = next((entry for entry in models if model in ("", entry["id"])), None)
+    if chosen is None:
+        known = ", ".join(entry["id"] for entry in models)
+        raise NitsumError(f"{url} does not serve {model!r}. It serves: {known}.")
+    endpoint = Endpoint(url, chosen["id"], api_key, sends_tiers)
+    return endpoint, int(chosen.get("max_model_len") or 0)
+
+
+async def run_load(
+    endpoint: Endpoint,
+    items: Iterable[WorkItem],
+    *,
+    vocab_size: int,
+    targets: Targets | None = None,
+    warmup_s: float = 0.0,
+    events: Path | None = None,
+    on_progress: Progress | None = None,
+    small_samples: bool = False,
+) -> Outcome:
+    """Send `items`, record what comes back, judge it by `targets`.
+
+    Canaries (tenant `canary`) load the server but are reported apart, in the notes.
+    """
+    recorder = Recorder()
+    if events is None:
+        state = await _send(endpoint, items, recorder, vocab_size, targets, on_progress)
+    else:
+        with EventFile(events) as file:
+            sink = _Both(recorder, file)
+            state = await _send(endpoint, items, sink, vocab_size, targets, on_progress)
+    canaries = _take_canaries(recorder)
+    report = build_report(recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples)
+    notes = [*report.notes, *_generator_notes(state), *canaries]
+    return Outcome(msgspec.structs.replace(report, notes=notes), recorder, state)
+
+
+async def _send(
+    endpoint: Endpoint,
+    items: Iterable[WorkItem],
+    sink: EventSink,
+    vocab_size: int,
+    targets: Targets | None,
+    on_progress: Progress | None,
+) -> LoadState:
+    def target_of(item: WorkItem) -> Target:
+        return targets.of(item.tier, item.num_prompt) if targets else Target()
+
+    run = LoadRun(endpoint, items, sink, vocab_size=vocab_size, target_of=target_of)
+    return await run.run(on_progress)
+
+
+class _Both:
+    """Two sinks for one stream of events."""
+
+    def __init__(self, first: EventSink, second: EventSink) -> None:
+        self._sinks = (first, second)
+
+    def emit(self, event: AnyEvent) -> None:
+        for sink in self._sinks:
+            sink.emit(event)
+
+
+def with_canaries(
+    items: Iterable[WorkItem], every_s: float, duration_s: float
+) -> Iterator[WorkItem]:
+    """`items` with a short `default` request every `every_s` seconds: how the server feels now."""
+    next_s = every_s
+    for item in items:
+        while next_s < min(item.at_s, duration_s):
+            yield _canary(next_s)
+            next_s += every_s
+        yield item
+
+
+def _canary(at_s: float) -> WorkItem:
+    request_id = f"canary.{at_s:g}"
+    return WorkItem(
+        request_id=request_id,
+        at_s=at_s,
+        num_output=8,
+        tier="default",
+        tenant=CANARY_TENANT,
+        segments=(Segment(request_id, 32),),
+    )
+
+
+def _take_canaries(recorder: Recorder) -> list[str]:
+    """Remove canaries from the records; a note about them."""
+    found = {k: r for k, r in recorder.requests.items() if r.tenant == CANARY_TENANT}
+    for request_id in found:
+        del recorder.requests[request_id]
+    times = sorted(record.ttft_s for record in found.values() if record.ttft_s is not None)
+    if not found:
+        return []
+    if not times:
+        return [f"{len(found)} canaries, none answered"]
+    middle, longest = times[len(times) // 2], times[-1]
+    return [
+        f"{len(found)} canaries (32 tokens in, 8 out, default): first token after "
+        f"{1e3 * middle:.0f} ms in the median, {1e3 * longest:.0f} ms at most"
+    ]
+
+
+def _generator_notes(state: LoadState) -> list[str]:
+    notes: list[str] = []
+    if state.max_late_s > LATE_S:
+        notes.append(
+            f"the generator itself was up to {state.max_late_s:.2f} s late; it shared its cores, "
+            "or the load is beyond one process"
+        )
+    if state.errors:
+        kinds = ", ".join(f"{name}: {count}" for name, count in sorted(state.errors.items()))
+        notes.append(f"errors by kind: {kinds}")
+    return notes

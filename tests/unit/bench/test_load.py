@@ -1,0 +1,157 @@
+"""The load generator against a real server with a fake engine: what it sends, what it records."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from nitsum.bench.calibrate import calibrate, prompt_lengths
+from nitsum.bench.compare import comparison_table, ratios, read_sides
+from nitsum.bench.serve import find_endpoint, run_load, with_canaries
+from nitsum.engine.fake_client import FakeEngineClient
+from nitsum.errors import ConfigError, NitsumError
+from nitsum.metrics.eventfile import read_events
+from nitsum.metrics.records import Recorder
+from nitsum.server.app import build_app
+from nitsum.server.settings import ServerSettings
+from nitsum.workload.items import CallScript, Chain, Segment, WorkItem
+
+VOCAB = 200
+
+
+def item(name: str, at_s: float = 0.0, **changes: object) -> WorkItem:
+    fields = {
+        "request_id": name,
+        "at_s": at_s,
+        "num_output": 5,
+        "tier": "default",
+        "tenant": "",
+        "segments": (Segment(name, 12),),
+    }
+    return WorkItem(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@contextmanager
+def served(client: FakeEngineClient, folder: Path) -> Iterator[str]:
+    """A server without a tokenizer, in a thread, on a free port."""
+    settings = ServerSettings(
+        checkpoint=folder, model_names=("tiny",), max_model_len=64, vocab_size=VOCAB, port=0
+    )
+    config = uvicorn.Config(build_app(client, settings), log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def load(url: str, items: list[WorkItem], **options: object):
+    async def run():
+        endpoint, _ = await find_endpoint(url)
+        return await run_load(endpoint, items, vocab_size=VOCAB, **options)  # type: ignore[arg-type]
+
+    return asyncio.run(run())
+
+
+def counting(prompt: list[int], max_tokens: int) -> list[int]:
+    return list(range(20, 20 + max_tokens))
+
+
+@pytest.fixture
+def fake() -> FakeEngineClient:
+    return FakeEngineClient(delay_s=0.001)
+
+
+def test_every_token_is_counted_and_every_request_ends(fake: FakeEngineClient, tmp_path: Path):
+    events = tmp_path / "events.jsonl"
+    with served(fake, tmp_path) as url:
+        outcome = load(url, [item(f"r{i}", 0.01 * i) for i in range(8)], events=events)
+    assert outcome.state.num_done == 8
+    assert outcome.state.num_tokens == 40
+    records = Recorder(read_events(events)).requests
+    assert [record.num_output for record in records.values()] == [5] * 8
+    assert {record.outcome for record in records.values()} == {"length"}
+
+
+def test_latency_counts_from_the_planned_arrival(fake: FakeEngineClient, tmp_path: Path):
+    """A request that could only be sent late is late for its user."""
+    with served(fake, tmp_path) as url:
+        outcome = load(url, [item("early", -1.0)])
+    record = outcome.recorder.requests["early"]
+    assert record.ttft_s is not None
+    assert record.ttft_s > 1.0
+    assert any("generator itself" in note for note in outcome.report.notes)
+
+
+def test_refusals_and_downgrades_are_recorded(tmp_path: Path):
+    with served(FakeEngineClient(tier=lambda _request: ("default", "capacity")), tmp_path) as url:
+        outcome = load(url, [item("asked", tier="priority")])
+    record = outcome.recorder.requests["asked"]
+    assert (record.tier_asked, record.tier_served) == ("priority", "default")
+    with served(FakeEngineClient(), tmp_path) as url:
+        outcome = load(url, [item("long", segments=(Segment("long", 100),))])
+    assert outcome.state.num_refused == 1
+    assert outcome.recorder.requests["long"].outcome == "refused"
+
+
+def test_a_chain_sends_its_next_call_after_the_answer(fake: FakeEngineClient, tmp_path: Path):
+    chain = Chain("c", (CallScript(12, 5, 0.0), CallScript(4, 3, 0.01)), deadline_s=9.0)
+    with served(fake, tmp_path) as url:
+        outcome = load(url, [item("c.0", chain=chain)])
+    first, second = outcome.recorder.requests.values()
+    assert second.num_prompt == 12 + 5 + 4
+    assert second.arrival_s > (first.finished_s or 0.0)
+    assert fake.requests[1].prompt[12:17] != []
+    assert fake.requests[1].chain_id == "c"
+
+
+def test_canaries_load_but_do_not_count(fake: FakeEngineClient, tmp_path: Path):
+    items = list(with_canaries([item("a", 0.0), item("b", 0.25)], 0.1, 0.3))
+    assert len(items) == 4
+    with served(fake, tmp_path) as url:
+        outcome = load(url, items)
+    assert outcome.report.num_requests == 2
+    assert any("2 canaries" in note for note in outcome.report.notes)
+
+
+def test_nobody_there_is_said(tmp_path: Path):
+    with pytest.raises(NitsumError, match="No OpenAI-compatible server"):
+        asyncio.run(find_endpoint("http://127.0.0.1:9"))
+
+
+def test_calibration_gives_ascending_prefill_times(fake: FakeEngineClient, tmp_path: Path):
+    with served(fake, tmp_path) as url:
+
+        async def run():
+            endpoint, context = await find_endpoint(url)
+            return await calibrate(endpoint, vocab_size=VOCAB, max_tokens=context, batch=2)
+
+        targets = asyncio.run(run())
+    lengths = [length for length, _ in targets.prefill]
+    seconds = [second for _, second in targets.prefill]
+    assert lengths == prompt_lengths(64)
+    assert seconds == sorted(seconds)
+
+
+def test_ratios_are_to_the_first_side_round_by_round():
+    results = {"a": [{"x": 2.0}, {"x": 4.0}], "b": [{"x": 3.0}, {"x": 2.0}]}
+    assert ratios(results, "x") == {"b": [1.5, 0.5]}
+    assert comparison_table(results).row_count == 0
+
+
+@pytest.mark.parametrize("entries", [["a=http://x"], ["a=m", "a=n"], ["http://x", "b=m"]])
+def test_sides_need_two_names(entries: list[str]):
+    with pytest.raises(ConfigError):
+        read_sides(entries)
