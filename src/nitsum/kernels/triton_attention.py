@@ -1,0 +1,62 @@
+"""`AttentionBackend` that needs nothing but Triton, and plans on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from nitsum.kernels import chunk_attention as chunk
+from nitsum.kernels import decode_attention as decode
+from nitsum.kernels.attention import HostLengths, Sequences
+
+
+class TritonAttention:
+    """Steps of up to `num_seqs` sequences. `decode_only` promises one token each."""
+
+    plans_on_host = False
+
+    def __init__(
+        self,
+        num_seqs: int,
+        num_kv: int,
+        q_per_kv: int,
+        head_dim: int,
+        device: torch.device | str,
+        *,
+        decode_only: bool,
+        decode_tuning: decode.Tuning | None = None,
+        chunk_tuning: chunk.Tuning | None = None,
+    ) -> None:
+        self._num_kv = num_kv
+        self._decode_only = decode_only
+        self._num_sms = _num_sms(torch.device(device))
+        self._buffers = decode.decode_buffers(
+            num_seqs, num_kv, q_per_kv, head_dim, device, self._num_sms
+        )
+        self._decode_tuning = decode_tuning or decode.Tuning()
+        self._chunk_tuning = chunk_tuning or chunk.Tuning()
+        self._sequences: Sequences | None = None
+
+    def plan(self, sequences: Sequences, lengths: HostLengths | None = None) -> None:
+        self._sequences = sequences
+        decode.plan_parts(
+            sequences, self._buffers, self._num_kv, self._num_sms, self._decode_tuning
+        )
+
+    def run(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        sequences, mixed = self._sequences, not self._decode_only
+        assert sequences is not None, "plan() comes first"
+        decode.decode_attention(
+            q, keys, values, sequences, self._buffers, out, mixed=mixed, tuning=self._decode_tuning
+        )
+        if mixed:
+            chunk.chunk_attention(
+                q, keys, values, sequences, out, mixed=True, tuning=self._chunk_tuning
+            )
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,90 @@
+"""The backend for NVIDIA GPUs: `StepOps` over our kernels and an attention library.
+
+What a captured graph needs lives outside of it: the caller keeps one `CudaBackend` for each bucket
+and degree, whose attention was planned for the step at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nitsum.kernels.activation import silu_mul
+from nitsum.kernels.attention import AttentionBackend
+from nitsum.kernels.norm import add_rms_norm, rms_norm
+from nitsum.kernels.qkv_rope import qkv_rope_write, rope_table, split_heads
+from nitsum.model.interface import KvPages, StepInput
+from nitsum.model.ops import Heads
+from nitsum.model.views import LayerWeights
+from nitsum.shape import ModelShape
+
+__all__ = ["CudaBackend", "CudaOps", "rope_table"]
+
+
+@dataclass(frozen=True)
+class CudaBackend:
+    """A `Backend`. Of a `StepInput` it reads positions and kv_slots (-1 writes nothing); lengths
+    and pages are known to `attention`, whose `plan` must have seen the step."""
+
+    attention: AttentionBackend
+    rope: torch.Tensor
+    """From `rope_table`, in the model's dtype, for all positions a request may have."""
+
+    def __call__(
+        self, shape: ModelShape, heads: Heads, dtype: torch.dtype, kv: KvPages, step: StepInput
+    ) -> CudaOps:
+        assert self.rope.dtype == dtype, "the rope table is rounded as the model is"
+        return CudaOps(self, shape.rms_eps, heads, kv, step)
+
+
+class CudaOps:
+    """`StepOps` for one step."""
+
+    def __init__(
+        self, backend: CudaBackend, eps: float, heads: Heads, kv: KvPages, step: StepInput
+    ) -> None:
+        self._attention = backend.attention
+        self._rope = backend.rope
+        self._eps = eps
+        self._heads = heads
+        self._kv = kv
+        self._positions = step.positions
+        self._kv_slots = step.kv_slots
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, self._eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return add_rms_norm(x, residual, weight, self._eps)
+
+    def split_rope_write(
+        self, index: int, layer: LayerWeights, qkv: torch.Tensor, kv: torch.Tensor | None
+    ) -> torch.Tensor:
+        sizes = (self._heads.num_kv, self._heads.q_per_kv, self._heads.head_dim)
+        biases = norms = None
+        if layer.qkv_bias is not None:
+            biases = split_heads(layer.qkv_bias, layer.kv_bias, *sizes)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = (layer.q_norm, layer.k_norm)
+        return qkv_rope_write(
+            *split_heads(qkv, kv, *sizes),
+            self._rope,
+            self._positions,
+            self._kv_slots,
+            self._kv.keys(index),
+            self._kv.values(index),
+            biases,
+            norms,
+            self._eps,
+        )
+
+    def attend(self, index: int, q: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        self._attention.run(q, self._kv.keys(index), self._kv.values(index), out)
+        return out.flatten(1)
+
+    def silu_mul(self, gate_up: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        return silu_mul(gate_up, num_chunks)

@@ -1,0 +1,86 @@
+"""Sampling kernels against the CPU ranks' sampler, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nitsum.kernels import draw as drawing
+from nitsum.kernels import sampling_table as tables
+from nitsum.kernels.shape_logits import shape_logits
+from nitsum.request import SamplingParams
+from nitsum.worker import sampler
+from nitsum.worker.slots import Draw
+from tests.unit.kernels.kit import DEVICE, randn
+
+
+def ints(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def check_sampling(
+    requests: Sequence[SamplingParams],
+    vocab: int,
+    seed: int,
+    num_prompt: int = 20,
+    length: int = 60,
+) -> None:
+    """One draw a request, slots in reverse order, with a padding draw at the end."""
+    m = len(requests)
+    generator = torch.Generator().manual_seed(seed)
+    # Few different tokens, so that they repeat in prompt and answer.
+    rows = torch.randint(0, min(vocab, 40), (m, length), generator=generator, dtype=torch.int32)
+    positions = torch.randint(num_prompt, length, (m,), generator=generator).tolist()
+    logits = randn(m + 1, vocab, seed=seed + 1) * 4
+    table = tables.empty_table(m, DEVICE)
+    for slot, request in enumerate(requests):
+        table[slot] = tables.sampling_line(request, num_prompt, 0).to(DEVICE)
+    order = list(reversed(range(m)))
+    slots, where = ints([*order, -1]), ints([*(positions[i] for i in order), 0])
+    draws = [Draw(requests[i], rows[i, : positions[i]], num_prompt, None) for i in order]
+    expected_logits = sampler._shaped(logits[:m].cpu(), draws)
+    expected = sampler.sample(logits[:m].cpu(), draws).tokens
+
+    counts = torch.zeros(m + 1, vocab, dtype=torch.int32, device=DEVICE)
+    shaped = logits.clone()
+    shape_logits(shaped, rows.to(DEVICE), table, slots, where, counts, length)
+    torch.testing.assert_close(shaped[:m].cpu(), expected_logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(shaped[m], logits[m])
+    assert not counts.any(), "the scratch is zero again"
+
+    needs = tables.SamplingNeeds()
+    for request in requests:
+        needs = needs.union(tables.sampling_needs(request))
+    buffers = drawing.draw_buffers(m + 3, vocab, DEVICE)
+    tokens = torch.full((m + 1,), -1, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # buffers hold the last draw's leavings
+        drawing.draw(shaped, table, slots, where, needs, buffers, tokens)
+        assert tokens[:m].tolist() == expected
+        assert int(tokens[m]) == int(logits[m].argmax())
+
+
+def check_greedy(m: int, vocab: int, seed: int) -> None:
+    logits = randn(m, vocab, seed=seed)
+    logits[:, vocab // 2] = logits[:, vocab // 3] = 9.0  # equal: the first one counts
+    out = torch.zeros(m, dtype=torch.int32, device=DEVICE)
+    drawing.greedy(logits, drawing.draw_buffers(m, vocab, DEVICE), out)
+    assert out.tolist() == [vocab // 3] * m
+
+
+def check_floor(logits: torch.Tensor, request: SamplingParams) -> None:
+    """The floor that the searches find keeps what the CPU's filters keep."""
+    m, vocab = logits.shape
+    table = tables.sampling_line(request, 0, 0).to(DEVICE).expand(m, -1).contiguous()
+    buffers = drawing.draw_buffers(m, vocab, DEVICE)
+    out = torch.zeros(m, dtype=torch.int32, device=DEVICE)
+    slots = ints(range(m))
+    drawing.draw(logits, table, slots, slots, tables.sampling_needs(request), buffers, out)
+    weights = ((logits - logits.amax(-1, keepdim=True)) / request.temperature).exp()
+    kept = (weights.cpu().view(torch.int32) >> 11) >= buffers.floors[:, :1].cpu()
+    for row, ours in zip(logits.cpu(), kept, strict=True):
+        probs = torch.softmax(row / request.temperature, -1, dtype=torch.float64)
+        sampler.filter_probs(probs, request)
+        # Equally likely tokens below 2^-40 of the best one cannot be told apart, nor drawn.
+        visible = torch.softmax(row / request.temperature, -1) > 1e-11
+        assert torch.equal((probs > 0) & visible, ours & visible)
