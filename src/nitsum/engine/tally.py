@@ -58,6 +58,8 @@ class Tally:
         self._busy = BusyRanks(num_ranks)
         self._gaps = SwitchGaps()
         self._recent: deque[Happening] = deque(maxlen=MAX_RECENT)
+        self._going: Happening | None = None
+        """About the switch under way."""
 
     def emit(self, event: AnyEvent) -> None:
         """Count an event and pass it on."""
@@ -93,9 +95,13 @@ class Tally:
                 self._gaps = SwitchGaps(self._gaps)
             case _:
                 pass
+        if isinstance(event, SwitchEnded) and self._going in self._recent:
+            self._recent.remove(self._going)  # its end says it all
         told = sentence(event)
         if told is not None:
             self._tell(event.at_s, *told)
+        if isinstance(event, SwitchStarted):
+            self._going = self._recent[-1]
 
     def flush(self) -> None:
         """Write out what a file holds back; called when the engine is idle."""
@@ -236,9 +242,11 @@ def sentence(event: AnyEvent) -> tuple[Kind, str] | None:
 
 
 def _switched(event: SwitchEnded) -> str:
-    moved = f"{event.bytes_moved / (1 << 20):.1f} MiB of KV moved"
-    left = f", {event.num_left_behind} finish in the old layout" if event.num_left_behind else ""
-    return f"Now {event.to_plan}, after {event.duration_s * 1000:.0f} ms; {moved}{left}."
+    mib = event.bytes_moved / (1 << 20)
+    moved = f"{mib:.1f} MiB of KV moved" if event.bytes_moved else "no KV had to move"
+    left = f"; {event.num_left_behind} finish in the old layout" if event.num_left_behind else ""
+    took = f"in {event.duration_s * 1000:.0f} ms"
+    return f"From {event.from_plan} to {event.to_plan} {took}; {moved}{left}."
 
 
 def restarted(restart_s: float, num_replayed: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,15 +14,20 @@ from starlette.routing import Route
 
 from nitsum.engine.client import EngineClient
 from nitsum.errors import ApiError
-from nitsum.server import access, admin, info
+from nitsum.server import access, admin, dashboard, info
+from nitsum.server.books import open_books
 from nitsum.server.chat import chat_completions
 from nitsum.server.completions import completions
 from nitsum.server.fields import Limits
+from nitsum.server.keys import KeyRing
 from nitsum.server.metrics import Metrics
+from nitsum.server.sampler import Sampler
 from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec, load_codec
 from nitsum.tier import TierSet
+
+_LAST_ENTRIES_S = 2.0
 
 ROUTES = (
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -39,6 +45,7 @@ ROUTES = (
     Route("/admin/plans", admin.plans),
     Route("/admin/plans/switch", admin.switch, methods=["POST"]),
     Route("/admin/drain", admin.drain, methods=["POST"]),
+    *dashboard.ROUTES,
 )
 
 
@@ -50,7 +57,7 @@ def build_app(client: EngineClient, settings: ServerSettings) -> Starlette:
     service = build_service(client, settings)
     app = Starlette(
         routes=list(ROUTES),
-        middleware=[Middleware(access.Frame, settings=settings)],
+        middleware=[Middleware(access.Frame, service=service)],
         exception_handlers={
             ApiError: access.on_api_error,
             HTTPException: access.on_http_error,
@@ -59,6 +66,7 @@ def build_app(client: EngineClient, settings: ServerSettings) -> Starlette:
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.state.sampler = Sampler(service)
     return app
 
 
@@ -67,6 +75,7 @@ def build_service(client: EngineClient, settings: ServerSettings) -> Service:
     codec = load_codec(settings.checkpoint)
     metrics = Metrics(settings.model_names[0], tiers)
     client.on_switch(metrics.saw_switch)
+    books = open_books(settings, tiers)
     return Service(
         engine=client,
         settings=settings,
@@ -74,6 +83,8 @@ def build_service(client: EngineClient, settings: ServerSettings) -> Service:
         tiers=tiers,
         limits=Limits(settings.max_model_len, settings.vocab_size, _end_tokens(settings, codec)),
         metrics=metrics,
+        books=books,
+        keys=None if settings.keys is None else KeyRing(settings.keys, tiers),
         created_s=int(time.time()),
     )
 
@@ -86,9 +97,23 @@ def _end_tokens(settings: ServerSettings, codec: TextCodec) -> tuple[int, ...]:
 
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    engine: EngineClient = app.state.service.engine
-    await engine.start()
+    service: Service = app.state.service
+    await service.engine.start()
+    service.books.start()
+    sampling = asyncio.create_task(app.state.sampler.run(), name="sampler")
     try:
         yield
     finally:
-        await engine.close()
+        sampling.cancel()
+        await asyncio.gather(sampling, return_exceptions=True)
+        await service.engine.close()
+        await _until_closed(service.metrics)
+        await asyncio.to_thread(service.books.close)
+
+
+async def _until_closed(metrics: Metrics) -> None:
+    """Requests whose engine is gone end in an error, and then they are in the books."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_ENTRIES_S):
+            while metrics.open:
+                await asyncio.sleep(0.01)

@@ -17,6 +17,8 @@ from nitsum.errors import ApiError
 from nitsum.messages import Output, Status, SwitchReport
 from nitsum.request import Request
 from nitsum.server.caller import now_s
+from nitsum.server.engine_counters import EngineCounters
+from nitsum.server.scores import Scores
 from nitsum.tier import Tier, TierSet
 
 # Fine around the targets of interactive tiers (50 ms a token, 200-300 ms to the first).
@@ -50,6 +52,8 @@ class Metrics:
         self._reasons: set[str] = set()
         self.vllm = VllmMetrics(self.registry, model_name)
         self.ours = NitsumMetrics(self.registry)
+        self.engine = EngineCounters(self.registry)
+        self.scores = Scores()
 
     def watch(self, request: Request) -> Watch:
         """Follows one engine request; use it as a context manager."""
@@ -80,6 +84,7 @@ class Metrics:
 
     def saw_status(self, status: Status) -> None:
         """Set the gauges that a snapshot of the engine tells."""
+        self.engine.tally = status.tally
         self.vllm.running.set(status.num_running)
         self.vllm.waiting.set(status.num_waiting)
         self.vllm.kv_usage.set(max(status.kv_used, default=0.0))
@@ -97,7 +102,7 @@ class Metrics:
         if status is not None:
             self.saw_status(status)
         for tier in self.tiers.names():
-            waiting = sum(w.first_s is None and w.request.tier == tier for w in self.open)
+            waiting = sum(w.first_s is None and w.tier == tier for w in self.open)
             self.ours.queue_depth.labels(tier).set(waiting)
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
@@ -213,11 +218,16 @@ class Watch:
     def __init__(self, metrics: Metrics, request: Request) -> None:
         self.request = request
         self.first_s: float | None = None
+        self.ended = False
+        """The answer came to its end."""
+        self.met: bool | None = None
+        """Whether it met its tier's targets; None before its end."""
+        self.num_displaced = 0
         self._metrics = metrics
         self._last_s = 0.0
-        self._tier = request.tier
+        self.tier = request.tier
+        """The tier it is served as."""
         self._num_tokens = 0
-        self._num_displaced = 0
         self._begun = False
         self._outcome = "aborted"
 
@@ -232,7 +242,7 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         self._metrics.open.discard(self)
-        labels = (self.request.tier_asked, self._tier, self._outcome)
+        labels = (self.request.tier_asked, self.tier, self._outcome)
         self._metrics.ours.requests.labels(*labels).inc()
 
     def failed(self, error: ApiError) -> None:
@@ -243,9 +253,9 @@ class Watch:
         """Count an output; `num_tokens` of its tokens belong to the answer."""
         if not self._begun:
             self._begin(output)
-        self._tier = output.tier
-        self._metrics.vllm.displaced.inc(max(0, output.num_displaced - self._num_displaced))
-        self._num_displaced = max(self._num_displaced, output.num_displaced)
+        self.tier = output.tier
+        self._metrics.vllm.displaced.inc(max(0, output.num_displaced - self.num_displaced))
+        self.num_displaced = max(self.num_displaced, output.num_displaced)
         if num_tokens:
             self._saw_tokens(num_tokens)
         if ended:
@@ -261,7 +271,7 @@ class Watch:
         vllm.queue_s.observe(output.queue_s)
         ours.queue_s.labels(output.tier).observe(output.queue_s)
         if output.tier != self.request.tier_asked:
-            reason = self._metrics.capped_reason(output.reason or "not given")
+            reason = self._metrics.capped_reason(output.reason or _ceiling(self.request))
             ours.downgrades.labels(reason).inc()
 
     def _saw_tokens(self, num_tokens: int) -> None:
@@ -272,28 +282,37 @@ class Watch:
         if self.first_s is None:
             self.first_s = now
             vllm.ttft_s.observe(now - self.request.arrival_s)
-            self._metrics.ours.ttft_s.labels(self._tier).observe(now - self.request.arrival_s)
+            self._metrics.ours.ttft_s.labels(self.tier).observe(now - self.request.arrival_s)
         else:
             vllm.gap_s.observe(now - self._last_s)
         self._last_s = now
 
     def _end(self, output: Output) -> None:
         self._outcome = "ok"
+        self.ended = True
         vllm, ours = self._metrics.vllm, self._metrics.ours
         vllm.success("length" if output.finish_reason == "length" else "stop")
         vllm.e2e_s.observe(now_s() - self.request.arrival_s)
         vllm.request_prompt.observe(len(self.request.prompt))
         vllm.request_output.observe(self._num_tokens)
-        tpot_s = self._tpot_s()
+        tpot_s = self.tpot_s
         if tpot_s is not None:
             vllm.tpot_s.observe(tpot_s)
-            ours.tpot_s.labels(self._tier).observe(tpot_s)
-        met = self._met_targets(self._metrics.tiers[self._tier], tpot_s)
-        (ours.attained if met else ours.missed).labels(self._tier).inc()
+            ours.tpot_s.labels(self.tier).observe(tpot_s)
+        met = self.met = self._met_targets(self._metrics.tiers[self.tier], tpot_s)
+        (ours.attained if met else ours.missed).labels(self.tier).inc()
+        self._metrics.scores.add(self.tier, met=met, ttft_s=self.ttft_s, tpot_s=tpot_s)
         if met:
-            ours.goodput.labels(self._tier).inc(self._num_tokens)
+            ours.goodput.labels(self.tier).inc(self._num_tokens)
 
-    def _tpot_s(self) -> float | None:
+    @property
+    def ttft_s(self) -> float | None:
+        """Arrival to first token."""
+        return None if self.first_s is None else self.first_s - self.request.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first; None before the second."""
         if self.first_s is None or self._num_tokens < 2:
             return None
         return (self._last_s - self.first_s) / (self._num_tokens - 1)
@@ -308,3 +327,7 @@ class Watch:
             (now - since, tier.deadline_s),
         )
         return all(value is None or target is None or value <= target for value, target in pairs)
+
+
+def _ceiling(request: Request) -> str:
+    return "not given" if request.tier == request.tier_asked else "the key's ceiling"

@@ -51,7 +51,7 @@ async def serve_async(
         timeout_keep_alive=65,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    server = DrainingServer(config, app.state.service, on_ready)
+    server = DrainingServer(config, app.state.service, on_ready, on_end=app.state.sampler.stop)
     running = asyncio.create_task(server.serve())
     try:
         await asyncio.shield(running)
@@ -65,9 +65,16 @@ class DrainingServer(uvicorn.Server):
     """Uvicorn's server, which on the first signal goes on until its requests are done."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, on_ready: OnReady | None = None
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        on_ready: OnReady | None = None,
+        *,
+        on_end: Callable[[], None],
     ) -> None:
+        """`on_end` ends the streams that would never end by themselves."""
         super().__init__(config)
+        self._on_end = on_end
         self._service = service
         self._on_ready = on_ready
         self._drain: asyncio.Task[None] | None = None
@@ -100,6 +107,7 @@ class DrainingServer(uvicorn.Server):
         deadline_s = self._loop.time() + service.settings.drain_s
         while service.metrics.open and self._loop.time() < deadline_s and not self.should_exit:
             await asyncio.sleep(_POLL_S)
+        self._on_end()
         # Ends what is still open in an error that its client sees.
         await service.engine.close()
         await asyncio.sleep(_POLL_S)
