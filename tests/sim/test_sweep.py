@@ -75,12 +75,14 @@ def test_the_sustained_load_lies_where_the_curve_crosses():
 
 
 def test_ratios_are_ours_over_theirs_and_latencies_the_other_way_round():
-    found = figures(POINTS, "a", "b")
+    found = figures(POINTS, "a", ["b"])
     assert peak_goodput(POINTS, "a") == 3.0
+    assert found["priority_attainment_load_ratio_b"] == pytest.approx(3.0 / 1.2)
     assert found["priority_attainment_load_ratio"] == pytest.approx(3.0 / 1.2)
-    assert found["goodput_ratio"] == pytest.approx(2.0)
-    assert found["goodput_ratio_at_load_4"] == pytest.approx(6.0)
-    assert found["chain_p99_ratio_at_load_2"] == pytest.approx(2.0)
+    assert found["b_priority_load_at_99pct"] == pytest.approx(1.02)
+    assert found["goodput_ratio_b"] == pytest.approx(2.0)
+    assert found["goodput_ratio_at_4_b"] == pytest.approx(6.0)
+    assert found["chain_p99_ratio_at_2_b"] == pytest.approx(2.0)
 
 
 def test_a_page_shows_every_system():

@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "check-config": "say what is wrong with a configuration and how to fix it",
     "plans": "draw the plans a server would hold ready",
+    "simulate": "predict how plans and policies would serve a workload on a machine",
     "demo": "serve the demo model and switch plans under chats of three tiers",
     "fetch-demo": "download the demo model and convert it, once",
     "version": "print the version of Nitsum and of what it runs on",

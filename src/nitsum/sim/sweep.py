@@ -18,6 +18,7 @@ from nitsum.workload.spec import MixSpec, scaled
 
 SUSTAINED_SHARE = 0.9
 """A load is sustained for a tier while this share of its requests meets all its targets."""
+STRICT_SHARE = 0.99
 Progress = Callable[[str], None]
 
 
@@ -122,32 +123,60 @@ def peak_goodput(points: Iterable[Point], system: str) -> float:
     return max((p.report.goodput_per_s or 0.0 for p in curve(points, system)), default=0.0)
 
 
-def figures(points: Sequence[Point], ours: str, theirs: str) -> dict[str, float]:
-    """What the sweep is for; ratios are ours over theirs, above 1 is better."""
-    found: dict[str, float] = {}
-    for name, system in (("ours", ours), ("theirs", theirs)):
-        load = sustained_load(points, system, "priority")
-        if load is not None:
-            found[f"{name}_priority_sustained_load"] = load
-        found[f"{name}_peak_goodput_requests_per_s"] = peak_goodput(points, system)
-    mine, other = (found.get(f"{name}_priority_sustained_load") for name in ("ours", "theirs"))
-    if mine and other:
-        found["priority_attainment_load_ratio"] = mine / other
-    if found["theirs_peak_goodput_requests_per_s"]:
-        peaks = (found[f"{name}_peak_goodput_requests_per_s"] for name in ("ours", "theirs"))
-        found["goodput_ratio"] = next(peaks) / next(peaks)
-    found.update(_at_each_load(points, ours, theirs))
+def figures(points: Sequence[Point], ours: str, theirs: Sequence[str]) -> dict[str, float]:
+    """What the sweep is for, by name; ratios are ours over theirs, above 1 is better.
+
+    `priority_attainment_load_ratio` is the one over whichever of theirs sustains the most.
+    """
+    found = {f"{word(name)}_{k}": v for name in (ours, *theirs) for k, v in _own(points, name)}
+    load_ratios: list[float] = []
+    for name in theirs:
+        pair = _pair(points, ours, name)
+        found.update({f"{figure}_{word(name)}": value for figure, value in pair.items()})
+        if "priority_attainment_load_ratio" in pair:
+            load_ratios.append(pair["priority_attainment_load_ratio"])
+    if theirs and len(load_ratios) == len(theirs):
+        found["priority_attainment_load_ratio"] = min(load_ratios)
     return found
 
 
-def _at_each_load(points: Sequence[Point], ours: str, theirs: str) -> dict[str, float]:
+def word(name: str) -> str:
+    """A system's name as part of a figure's."""
+    return "".join(c if c.isalnum() else "_" for c in name).lower()
+
+
+def _own(points: Sequence[Point], system: str) -> Iterable[tuple[str, float]]:
+    for share in (SUSTAINED_SHARE, STRICT_SHARE):
+        load = sustained_load(points, system, "priority", share)
+        if load is not None:
+            yield f"priority_load_at_{share * 100:.0f}pct", load
+    yield "peak_goodput_requests_per_s", peak_goodput(points, system)
+
+
+def _pair(points: Sequence[Point], ours: str, theirs: str) -> dict[str, float]:
     found: dict[str, float] = {}
+    for share, name in (
+        (SUSTAINED_SHARE, "priority_attainment_load_ratio"),
+        (STRICT_SHARE, "priority_strict_attainment_load_ratio"),
+    ):
+        loads = [sustained_load(points, system, "priority", share) for system in (ours, theirs)]
+        if loads[0] is not None and loads[1]:
+            found[name] = loads[0] / loads[1]
+    peaks = peak_goodput(points, ours), peak_goodput(points, theirs)
+    if peaks[1]:
+        found["goodput_ratio"] = peaks[0] / peaks[1]
     for mine, other in zip(curve(points, ours), curve(points, theirs), strict=True):
-        word = f"{mine.load:g}".replace(".", "p")
-        goodputs = mine.report.goodput_per_s, other.report.goodput_per_s
-        if goodputs[0] is not None and goodputs[1]:
-            found[f"goodput_ratio_at_load_{word}"] = goodputs[0] / goodputs[1]
-        chains = mine.report.chains.latency_s, other.report.chains.latency_s
-        if chains[0].p99 and chains[1].p99:
-            found[f"chain_p99_ratio_at_load_{word}"] = chains[1].p99 / chains[0].p99
+        found.update(_at_load(mine, other))
+    return found
+
+
+def _at_load(mine: Point, other: Point) -> dict[str, float]:
+    found: dict[str, float] = {}
+    load = f"{mine.load:g}".replace(".", "p")
+    goodputs = mine.report.goodput_per_s, other.report.goodput_per_s
+    if goodputs[0] is not None and goodputs[1]:
+        found[f"goodput_ratio_at_{load}"] = goodputs[0] / goodputs[1]
+    chains = mine.report.chains.latency_s, other.report.chains.latency_s
+    if chains[0].p99 and chains[1].p99:
+        found[f"chain_p99_ratio_at_{load}"] = chains[1].p99 / chains[0].p99
     return found

@@ -1,0 +1,239 @@
+"""`nitsum simulate`: the real engine on a virtual clock, on a machine you need not have.
+
+    nitsum simulate --model Llama-3.1-70B --machine 8xA100-80GB --plan TP8 \\
+        --trace synthetic:azure_conversation --rate 4 --tiers priority=1,default=3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nitsum.bench.provenance import summary
+from nitsum.cli.simulate_settings import SimulateSettings, build_site, build_systems, read_switches
+from nitsum.cli.sources import add_flags, settings_or_error
+from nitsum.errors import ConfigError
+from nitsum.metrics.eventfile import EventFile, read_events
+from nitsum.metrics.figures import figures
+from nitsum.metrics.html import save_html
+from nitsum.metrics.records import Recorder
+from nitsum.metrics.report import build_report, print_report
+from nitsum.metrics.targets import Targets, load_targets, save_targets
+from nitsum.sim.page import save_page
+from nitsum.sim.replay import Pair, compare, items_of, pair_figures
+from nitsum.sim.run import Options, SimResult, simulate
+from nitsum.sim.run import Progress as OnProgress
+from nitsum.sim.source import read_source
+from nitsum.sim.sweep import Point, line_of, sweep, word
+from nitsum.sim.sweep import figures as sweep_figures
+from nitsum.sim.system import System
+from nitsum.workload.generate import generate
+from nitsum.workload.spec import MixSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, SimulateSettings, config=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate one system, or several under one or more loads; print what came of it."""
+    settings = settings_or_error(SimulateSettings, args, os.environ)
+    targets = load_targets(Path(settings.targets)) if settings.targets else None
+    site, targets = build_site(settings, targets)
+    if settings.save_targets:
+        save_targets(targets, Path(settings.save_targets))
+    systems = build_systems(settings, site)
+    if settings.sweep or len(systems) > 1:
+        return _run_many(settings, systems, targets)
+    return _run_one(settings, systems[0], targets)
+
+
+def _mix(settings: SimulateSettings) -> MixSpec:
+    return read_source(
+        settings.trace,
+        rate_per_s=settings.rate,
+        duration_s=settings.duration,
+        seed=settings.seed,
+        tiers=dict(settings.tiers),
+        max_total_tokens=settings.max_model_len,
+    )
+
+
+def _options(settings: SimulateSettings) -> Options:
+    return Options(
+        host_latency_s=settings.host_latency,
+        noise=settings.noise,
+        seed=settings.seed,
+        drain_s=settings.drain,
+        switches=read_switches(settings.switch_at),
+    )
+
+
+# --- one system ----------------------------------------------------------------------------------
+
+
+def _run_one(settings: SimulateSettings, system: System, targets: Targets) -> int:
+    served = Recorder(read_events(Path(settings.compare))) if settings.compare else None
+    items = items_of(served) if served is not None else generate(_mix(settings))
+    sink = EventFile(Path(settings.events)) if settings.events else None
+    with _progress(system.name) as on_progress:
+        result = simulate(
+            system,
+            items,
+            targets=targets,
+            options=_options(settings),
+            sink=sink,
+            progress=on_progress,
+        )
+    if sink is not None:
+        sink.close()
+    pairs = compare(served, result.recorder) if served is not None else []
+    _report(settings, result, targets, pairs)
+    return 0
+
+
+def _report(
+    settings: SimulateSettings, result: SimResult, targets: Targets, pairs: list[Pair]
+) -> None:
+    report = build_report(
+        result.recorder,
+        targets=targets,
+        warmup_s=settings.warmup,
+        small_samples=settings.small_samples,
+    )
+    if settings.html:
+        title = f"Simulated: {settings.model} on {settings.machine}, {result.system.name}"
+        save_html(report, result.recorder, Path(settings.html), title=title, targets=targets)
+    if settings.json:
+        found = {**figures(report, "sim_"), **run_figures(result), **pair_figures(pairs)}
+        _print_json(summary(found, _notes(settings, result.system, targets)))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(_system_line(result.system))
+    print_report(report, console)
+    console.print(_usage_line(result))
+    if pairs:
+        console.print(_pair_table(pairs))
+
+
+def run_figures(result: SimResult) -> dict[str, float]:
+    """What only a simulation knows, by name."""
+    return {
+        "sim_arena_mean_share": result.arena_mean_share,
+        "sim_arena_max_share": result.arena_max_share,
+        "sim_busy_share": sum(result.busy_share) / len(result.busy_share),
+        "sim_num_unfinished": float(result.num_unfinished),
+        "sim_speedup": result.speedup,
+    }
+
+
+def _system_line(system: System) -> str:
+    arena, config = system.arena, system.config
+    gib = arena.num_units * arena.unit_bytes / (1 << 30)
+    return (
+        f"{system.name}: plans {', '.join(plan.name for plan in config.plans.plans)}; policy "
+        f"{config.policy}; each rank holds 1/{config.min_tp} of the weights and {gib:.1f} GiB of KV"
+    )
+
+
+def _usage_line(result: SimResult) -> str:
+    busy = " ".join(f"{share:.0%}" for share in result.busy_share)
+    return (
+        f"arena in use: mean {result.arena_mean_share:.0%}, most {result.arena_max_share:.0%}; "
+        f"busy by rank (waiting left out): {busy}\n"
+        f"simulated {result.sim_s:.0f} s in {result.cpu_s:.1f} s of one core: "
+        f"{result.speedup:.0f}x real time"
+    )
+
+
+def _pair_table(pairs: list[Pair]) -> Table:
+    table = Table("figure", "requests", "served", "simulated", "error")
+    for pair in pairs:
+        table.add_row(
+            pair.name.removesuffix("_s"),
+            str(pair.num_samples),
+            f"{pair.served_s * 1e3:.1f} ms",
+            f"{pair.simulated_s * 1e3:.1f} ms",
+            f"{pair.error:+.1%}",
+        )
+    return table
+
+
+# --- several systems, several loads --------------------------------------------------------------
+
+
+def _run_many(settings: SimulateSettings, systems: list[System], targets: Targets) -> int:
+    if settings.compare or settings.events:
+        raise ConfigError("--compare and --events go with a single run; leave out --sweep.")
+    console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
+    points = sweep(
+        systems,
+        _mix(settings),
+        settings.sweep or (1.0,),
+        targets,
+        options=_options(settings),
+        warmup_s=settings.warmup,
+        small_samples=settings.small_samples,
+        note=console.print,
+    )
+    if settings.html:
+        title = f"Simulated: {settings.model} on {settings.machine}, {settings.trace}"
+        save_page(points, Path(settings.html), title)
+    if settings.json:
+        _print_json(summary(_many_figures(points), _notes(settings, systems[0], targets)))
+    else:
+        console.print(_ranking(points))
+    return 0
+
+
+def _many_figures(points: list[Point]) -> dict[str, float]:
+    """Every point's figures, and the ratios of the first system over the others."""
+    found: dict[str, float] = {}
+    for point in points:
+        found.update(figures(point.report, word(f"{point.system} at {point.load:g} ")))
+    ours, *theirs = dict.fromkeys(point.system for point in points)
+    return found | sweep_figures(points, ours, theirs)
+
+
+def _ranking(points: list[Point]) -> str:
+    best = sorted(points, key=lambda p: p.report.goodput_per_s or 0.0, reverse=True)
+    return "\nBy goodput:\n" + "\n".join(line_of(point) for point in best)
+
+
+def _notes(settings: SimulateSettings, system: System, targets: Targets) -> str:
+    return (
+        f"Simulated, not served: {settings.model} on {settings.machine}; {_system_line(system)}; "
+        f"workload {settings.trace} x {settings.rate:g}, seed {settings.seed}; "
+        f"targets: {targets.source}"
+    )
+
+
+def _print_json(content: dict[str, object]) -> None:
+    print(msgspec.json.format(msgspec.json.encode(content), indent=1).decode())
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[OnProgress | None]:
+    """A line on the terminal that says how far the virtual clock is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title)
+
+        def on_progress(at_s: float, num_requests: int) -> None:
+            text = f"{title}: {at_s:.0f} s simulated, {num_requests} requests under way"
+            bar.update(task, description=text)
+
+        yield on_progress
