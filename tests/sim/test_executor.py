@@ -67,6 +67,16 @@ def test_a_move_waits_for_the_messages_it_names():
     ]
 
 
+def test_host_memory_has_a_price_of_its_own():
+    target = executor()
+    pull = Pull(0, [0, 1], [4, 5])
+    target.send([0], Move(1, [pull], saves=[pull], loads=[pull]))
+    [(at_s, reply)] = replies(target)
+    assert at_s == pytest.approx(0.2 + 0.4)
+    assert isinstance(reply, MoveDone)
+    assert reply.bytes == 2 * 10**8
+
+
 def test_replies_take_the_host_latency_and_nothing_starts_in_the_past():
     target = executor()
     target.host_latency_s = 0.25

@@ -131,6 +131,9 @@ class SimulateSettings:
     kv_memory: int = setting(
         size_bytes, 0, "KV arena of one rank (default: what weights and buffers leave)", "SIZE"
     )
+    host_kv_memory: int = setting(
+        size_bytes, 0, "host memory of one rank for KV of displaced requests", "SIZE"
+    )
     cost: str = setting(text, "", "a measured cost table (default: the analytic model)", "FILE")
     host_latency: float = setting(
         seconds, 0.0002, "from a step's end to its tokens in the engine, seconds", "SECONDS"
@@ -167,6 +170,7 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
         prefix_cache=settings.prefix_cache,
         dtype=settings.dtype,
         kv_bytes=settings.kv_memory,
+        host_kv_bytes=settings.host_kv_memory,
         cost=TableCost.load(Path(settings.cost)) if settings.cost else None,
     )
     targets = targets or site_targets(site)

@@ -22,7 +22,7 @@ from itertools import count, repeat
 from nitsum.clock import VirtualClock
 from nitsum.cost.protocol import CostModel
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import FromWorker, Move, MoveDone, Ready, Step, StepDone, ToWorker, Work
+from nitsum.messages import FromWorker, Move, MoveDone, Pull, Ready, Step, StepDone, ToWorker, Work
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
 
@@ -114,11 +114,16 @@ class SimExecutor:
         for source, number in move.after:
             if number:
                 start_s = max(start_s, self._done_s[source][number - 1])
-        num_units = sum(len(pull.dst_units) for pull in move.pulls)
-        num_bytes = num_units * self.arena.unit_bytes
+        num_bytes = self._bytes_of(move.pulls)
         lasts_s = self.cost.move_time(num_bytes) if num_bytes else 0.0
+        host_bytes = self._bytes_of(move.saves) + self._bytes_of(move.loads)
+        if host_bytes:
+            lasts_s += self.cost.offload_time(host_bytes)
         self._finish(rank, start_s + lasts_s, lasts_s)
         self._reply(start_s + lasts_s, MoveDone(move.move_id, rank, lasts_s, num_bytes))
+
+    def _bytes_of(self, pulls: list[Pull]) -> int:
+        return sum(len(pull.dst_units) for pull in pulls) * self.arena.unit_bytes
 
     def _finish(self, rank: int, end_s: float, lasts_s: float) -> None:
         self._free_s[rank] = end_s

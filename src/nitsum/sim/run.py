@@ -121,6 +121,7 @@ class Simulation:
             self.clock,
             every_sink,
             controller=controller_of(system) if system.steers else None,
+            cost=system.cost,
         )
         self.feed = Feed(items, system.arena.block_tokens, targets)
         self.result = SimResult(system, self.recorder)

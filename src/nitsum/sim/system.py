@@ -44,6 +44,8 @@ class Site:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     kv_bytes: int = 0
     """KV arena of one rank; 0 is what each system's weights leave."""
+    host_kv_bytes: int = 0
+    """Host memory of one rank for KV of displaced requests."""
     cost: CostModel | None = None
     """Instead of the analytic model: a measured table."""
 
@@ -115,6 +117,7 @@ def _arena(site: Site, name: str, plans: PlanSet, geometry: Geometry) -> ArenaSh
         block_tokens=site.block_tokens,
         min_degree=plans.degrees[0],
         unit_bytes=unit_bytes,
+        num_host_units=site.host_kv_bytes // unit_bytes,
     )
 
 
@@ -129,6 +132,7 @@ def _config(
         dtype=site.dtype,
         block_tokens=site.block_tokens,
         kv_bytes=arena_bytes,
+        host_kv_bytes=site.host_kv_bytes,
         max_model_len=site.max_model_len or site.shape.max_positions,
         max_num_seqs=site.max_num_seqs,
         max_batch_tokens=site.max_batch_tokens,
