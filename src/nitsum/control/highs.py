@@ -11,16 +11,13 @@ from typing import Any
 
 import highspy
 
-CLOSED_IF_USELESS = 1e-7
-"""Price of a plan, as a share of all value: one that brings nothing stays closed."""
-
 
 def best_set_by_highs(
-    values: Sequence[Sequence[float]], rows: Sequence[int], num_plans: int
+    values: Sequence[Sequence[float]], rows: Sequence[int], num_plans: int, charge: float
 ) -> list[int]:
     """At most `num_plans` of `rows` whose best value over all situations adds up to most.
 
-    max sum v x,  sum_p x[p, s] = 1,  x[p, s] <= y[p],  sum y <= num_plans,  y binary
+    max sum v x - charge sum y,  sum_p x[p, s] = 1,  x[p, s] <= y[p],  sum y <= num_plans,  y binary
     """
     model = highspy.Highs()
     model.setOptionValue("log_to_console", False)
@@ -28,7 +25,7 @@ def best_set_by_highs(
     model.setOptionValue("mip_rel_gap", 1e-9)
     opened = [model.addBinary() for _ in rows]
     total = max(1e-12, *map(sum, values))
-    objective = _sum([-CLOSED_IF_USELESS * y for y in opened])
+    objective = _sum([-charge / total * y for y in opened])
     for s in range(len(values[0])):
         served = [model.addVariable(0.0, 1.0) for _ in rows]
         model.addConstr(_sum(served) == 1.0)

@@ -2,7 +2,7 @@
 
 The layouts of up to eight ranks are few dozens, so they are all looked at. Choosing `num_plans` of
 them is a facility location problem: every situation is served by the best plan that is open. It is
-solved exactly, by HiGHS where it is installed, else by enumeration after dropping dominated plans.
+solved exactly: by enumeration after dropping dominated plans, by HiGHS where sets are too many.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import combinations
+from math import comb
 
 from nitsum.control.load import Load
 from nitsum.control.score import LaneClass, PlanScore, Scorer, Shape
 from nitsum.plan import Group, Lane, Plan, parse_plan
 
 MAX_ENUMERATED = 200_000
+LEAST_GAIN = 0.002
+"""Of all value: a plan that adds less is not worth its memory."""
 URGENT, PATIENT = ("priority", "default"), ("flex", "batch")
 
 
@@ -85,31 +88,35 @@ def _overlays(num_ranks: int, wide: int, narrow: int) -> Iterator[Plan]:
 def best_set(values: Sequence[Sequence[float]], num_plans: int) -> list[int]:
     """At most `num_plans` rows of `values` (plan x situation) whose best adds up to most.
 
-    Exact; with equal sums the smaller set is taken, then the one with the earlier rows.
+    Exact, each plan being charged `LEAST_GAIN` of the best single plan's sum; only without HiGHS,
+    and with more sets than can be looked at, it is greedy.
     """
     rows = _undominated(values)
     num_plans = min(num_plans, len(rows))
+    if sum(comb(len(rows), size) for size in range(1, num_plans + 1)) <= MAX_ENUMERATED:
+        return best_set_by_enumeration(values, num_plans)
     if find_spec("highspy") is not None:
         from nitsum.control.highs import best_set_by_highs
 
-        return best_set_by_highs(values, rows, num_plans)
-    return best_set_by_enumeration(values, num_plans)
+        return best_set_by_highs(values, rows, num_plans, charge_of(values))
+    return _greedy(values, rows, num_plans)
+
+
+def charge_of(values: Sequence[Sequence[float]]) -> float:
+    """What opening a plan costs, in the unit of `values`."""
+    return LEAST_GAIN * max(map(sum, values))
 
 
 def best_set_by_enumeration(values: Sequence[Sequence[float]], num_plans: int) -> list[int]:
-    """`best_set` without a solver."""
-    rows = _undominated(values)
-    best, best_sum = rows[:1], -1.0
-    num_tried = 0
+    """`best_set` by looking at every set."""
+    rows, charge = _undominated(values), charge_of(values)
+    best: tuple[float, list[int]] = (float("-inf"), [])
     for size in range(1, min(num_plans, len(rows)) + 1):
         for chosen in combinations(rows, size):
             total = sum(map(max, zip(*(values[row] for row in chosen), strict=True)))
-            if total > best_sum * (1 + 1e-9) + 1e-12:
-                best, best_sum = list(chosen), total
-            num_tried += 1
-            if num_tried > MAX_ENUMERATED:
-                return _greedy(values, rows, num_plans)
-    return best
+            if total - charge * size > best[0]:
+                best = total - charge * size, list(chosen)
+    return best[1]
 
 
 def _undominated(values: Sequence[Sequence[float]]) -> list[int]:
