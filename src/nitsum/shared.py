@@ -5,6 +5,7 @@ to spawned processes as descriptors, semaphores are the anonymous ones of `multi
 
     Shared
       arenas[rank]     K and V of a rank                       written by it, read by its peers
+      hosts[rank]      units that had to leave an arena        written by it, read by its peers
       rows[rank]       int32 [max_slots, row_tokens]           written by it, read by its peers
       progress         int64 [num_ranks]                       each rank writes its own count
       groups[i]        barrier and buffer of WorkerSpec.groups[i]
@@ -226,6 +227,8 @@ class Shared:
     progress: Region
     groups: tuple[GroupShared, ...]
     """In the order of `WorkerSpec.groups`; GPU ranks have none here."""
+    hosts: tuple[Region, ...] = ()
+    """Host memory of each rank, for KV that has to leave its arena."""
 
 
 # --- how much of each a worker's spec asks for ---------------------------------------------------
@@ -257,6 +260,7 @@ def allocate(spec: WorkerSpec, geometry: Geometry) -> Shared:
     on_host = spec.device == "cpu"
     unit_bytes = geometry.unit_bytes(spec.block_tokens, DTYPE_BYTES[spec.dtype])
     arena_bytes = spec.num_units * unit_bytes if on_host else 0
+    host_bytes = spec.num_host_units * unit_bytes if on_host else 0
     row_bytes = 4 * spec.max_slots * row_tokens(spec) if on_host else 0
     layouts = [comm_layout(spec, geometry, group) for group in spec.groups] if on_host else []
     ranks = range(spec.num_ranks)
@@ -267,4 +271,5 @@ def allocate(spec: WorkerSpec, geometry: Geometry) -> Shared:
         groups=tuple(
             GroupShared(Barrier(layout.degree), Region(layout.size_bytes)) for layout in layouts
         ),
+        hosts=tuple(Region(host_bytes) for _ in ranks),
     )

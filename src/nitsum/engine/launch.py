@@ -55,6 +55,7 @@ def worker_specs(config: EngineConfig, shape: ModelShape, folder: Path) -> tuple
             groups=list(config.plans.groups),
             block_tokens=config.block_tokens,
             num_units=num_units(config, shape),
+            num_host_units=num_host_units(config, shape),
             max_slots=config.max_slots,
             max_model_len=max_model_len(config, shape),
             max_batch_tokens=config.max_batch_tokens,
@@ -90,6 +91,19 @@ def num_units(config: EngineConfig, shape: ModelShape) -> int:
             f"takes {unit_bytes * geometry.num_units:,}. Raise kv_bytes."
         )
     return units
+
+
+def num_host_units(config: EngineConfig, shape: ModelShape) -> int:
+    """Units of host memory per rank for KV that has to leave the arena."""
+    if config.host_kv_bytes and config.device == "cuda":
+        raise ConfigError(
+            "host_kv_bytes is not supported on GPU ranks yet. Set it to 0: KV that must make room "
+            "is then computed again."
+        )
+    geometry = _geometry(config, shape)
+    return config.host_kv_bytes // geometry.unit_bytes(
+        config.block_tokens, DTYPE_BYTES[config.dtype]
+    )
 
 
 def num_threads(config: EngineConfig) -> int:

@@ -14,9 +14,12 @@ from msgspec.structs import replace as replace_fields
 
 from nitsum.clock import MonotonicClock
 from nitsum.config import EngineConfig
+from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.machines import Machine
+from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core, max_request_tokens
 from nitsum.engine.ipc import ServerLink
-from nitsum.engine.launch import max_model_len
+from nitsum.engine.launch import max_model_len, num_host_units
 from nitsum.engine.process_executor import ProcessExecutor
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
@@ -105,7 +108,8 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         workers = executor.start()
         tally.started(workers)
         arena = arena_of(config, shape, workers)
-        core = Core(config, arena, executor, MonotonicClock(), tally)
+        cost = first_guess(config, shape)
+        core = Core(config, arena, executor, MonotonicClock(), tally, cost=cost)
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
         try:
@@ -131,6 +135,19 @@ def arena_of(config: EngineConfig, shape: ModelShape, workers: list[Ready]) -> A
         block_tokens=config.block_tokens,
         min_degree=config.plans.degrees[0],
         unit_bytes=geometry.unit_bytes(config.block_tokens, DTYPE_BYTES[config.dtype]),
+        num_host_units=num_host_units(config, shape),
+    )
+
+
+def first_guess(config: EngineConfig, shape: ModelShape) -> CostModel:
+    """Step times before any step was seen; the engine corrects them from then on."""
+    gpu = "CPU" if config.device == "cpu" else "H100"
+    return AnalyticCost(
+        shape,
+        Machine.parse(f"{config.num_ranks}x{gpu}"),
+        max_tp=config.max_tp,
+        min_tp=config.min_tp,
+        dtype_bytes=DTYPE_BYTES[config.dtype],
     )
 
 

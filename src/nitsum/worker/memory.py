@@ -18,6 +18,7 @@ def memory_bytes(spec: WorkerSpec, geometry: Geometry, weights_bytes: int) -> di
     return {
         "weights": weights_bytes,
         "kv": spec.num_units * unit_bytes,
+        "host_kv": spec.num_host_units * unit_bytes,
         "rows": 4 * spec.max_slots * row_tokens(spec),
         "comm": sum(comm_layout(spec, geometry, group).size_bytes for group in own_groups),
         "peak_rss": _peak_rss_bytes(),

@@ -35,8 +35,11 @@ class Mover:
         progress: Progress,
         timeout_s: float,
         fault: Fault | None = None,
+        hosts: Sequence[Arena] = (),
     ) -> None:
+        """`hosts`: host memory of all ranks, by rank, for KV that has to leave the arena."""
         self._rank = rank
+        self._hosts = [host.unit_rows() for host in hosts]
         self._units = [arena.unit_rows() for arena in arenas]
         self._rows = rows
         self._progress = progress
@@ -48,26 +51,31 @@ class Mover:
         started_s = time.monotonic()
         for rank, count in move.after:
             self._progress.wait_for(rank, count, self._timeout_s)
-        num_bytes = self._copy(_with_fault(move, self._fault))
+        num_bytes = self._copy(with_fault(move, self._fault))
         return MoveDone(move.move_id, self._rank, time.monotonic() - started_s, num_bytes)
 
     def _copy(self, move: Move) -> int:
-        units = [self._read_units(pull) for pull in move.pulls if pull.src_units]
+        units = [_gather(self._units, pull) for pull in move.pulls if pull.src_units]
+        units += [_gather(self._hosts, load) for load in move.loads]
+        saved = [_gather(self._units, save) for save in move.saves]
         rows = [(pull, self._read_row(pull)) for pull in move.rows]
         for places, data in units:
             self._units[self._rank].index_copy_(1, places, data)
+        for places, data in saved:
+            self._hosts[self._rank].index_copy_(1, places, data)
         for pull, tokens in rows:
             self._rows[self._rank][pull.dst_slot, : pull.num_tokens] = tokens
-        return sum(_num_bytes(read.data) for read in units) + sum(_num_bytes(r) for _, r in rows)
-
-    def _read_units(self, pull: Pull) -> _Bytes:
-        """All layers, K and V, of all units of one peer in one gather."""
-        src = self._units[pull.src_rank]
-        data = src.index_select(1, torch.tensor(pull.src_units))
-        return _Bytes(torch.tensor(pull.dst_units), data)
+        num_bytes = sum(_num_bytes(read.data) for read in (*units, *saved))
+        return num_bytes + sum(_num_bytes(tokens) for _, tokens in rows)
 
     def _read_row(self, pull: RowPull) -> torch.Tensor:
         return self._rows[pull.src_rank][pull.src_slot, : pull.num_tokens].clone()
+
+
+def _gather(memories: Sequence[torch.Tensor], pull: Pull) -> _Bytes:
+    """All layers, K and V, of all units of one rank in one gather."""
+    data = memories[pull.src_rank].index_select(1, torch.tensor(pull.src_units))
+    return _Bytes(torch.tensor(pull.dst_units), data)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
@@ -77,14 +85,18 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 # --- faults, planted to prove that verification can fail ------------------------------------------
 
 
-def _with_fault(move: Move, fault: Fault | None) -> Move:
+def with_fault(move: Move, fault: Fault | None) -> Move:
+    """`move` as a mover with this fault would understand it."""
+    pulls, rows = move.pulls, move.rows
     if fault == "swap-heads":
-        return Move(move.move_id, [_swapped(pull) for pull in move.pulls], move.rows)
-    if fault == "stale-block":
-        return Move(move.move_id, [_shortened(pull) for pull in move.pulls], move.rows)
-    if fault == "lost-tail" and move.rows:
-        return Move(move.move_id, [], [_without_last(pull) for pull in move.rows])
-    return move
+        pulls = [_swapped(pull) for pull in pulls]
+    elif fault == "stale-block":
+        pulls = [_shortened(pull) for pull in pulls]
+    elif fault == "lost-tail" and rows:
+        pulls, rows = [], [_without_last(pull) for pull in rows]
+    else:
+        return move
+    return Move(move.move_id, pulls, rows, saves=move.saves, loads=move.loads)
 
 
 def _swapped(pull: Pull) -> Pull:

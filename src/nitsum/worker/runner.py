@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from nitsum.model.interface import StepInput
 from nitsum.plan import Group
 from nitsum.request import SamplingParams
 from nitsum.shape import Geometry
-from nitsum.shared import Progress, Shared, comm_layout, row_tokens
+from nitsum.shared import Progress, Region, Shared, comm_layout, row_tokens
 from nitsum.worker import arena as arenas
 from nitsum.worker.comm import GroupComm
 from nitsum.worker.move import Mover
@@ -35,11 +35,19 @@ class Runner:
         self._forward = forward
         self._progress = Progress(shared.progress)
         self._comms = _make_comms(spec, geometry, shared)
-        kv = _map_arenas(spec, geometry, shared)
+        kv = _map_arenas(spec, geometry, shared.arenas, spec.num_units)
         rows = [map_rows(region, spec.max_slots, row_tokens(spec)) for region in shared.rows]
         self._pages = {group: kv[spec.rank].pages(group.degree) for group in self._comms}
         self._slots = Slots(rows[spec.rank], spec.block_tokens)
-        self._mover = Mover(spec.rank, kv, rows, self._progress, spec.timeout_s, spec.fault)
+        self._mover = Mover(
+            spec.rank,
+            kv,
+            rows,
+            self._progress,
+            spec.timeout_s,
+            spec.fault,
+            _map_arenas(spec, geometry, shared.hosts, spec.num_host_units),
+        )
 
     def obey(self, message: Step | Move) -> StepDone | MoveDone | None:
         """Carry a message out and count it as completed; a step is reported by its leader only."""
@@ -107,11 +115,15 @@ def _make_comms(spec: WorkerSpec, geometry: Geometry, shared: Shared) -> dict[Gr
     }
 
 
-def _map_arenas(spec: WorkerSpec, geometry: Geometry, shared: Shared) -> list[arenas.Arena]:
+def _map_arenas(
+    spec: WorkerSpec, geometry: Geometry, regions: Sequence[Region], num_units: int
+) -> list[arenas.Arena]:
+    """Of all ranks; none if there is no room for any unit."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return [
-        arenas.Arena(region, geometry, spec.num_units, spec.block_tokens, dtype)
-        for region in shared.arenas
+        arenas.Arena(region, geometry, num_units, spec.block_tokens, dtype)
+        for region in regions
+        if num_units
     ]
 
 
