@@ -106,9 +106,9 @@ def _attend_part(
 @jit
 def _decode(
     q, keys, values, out, partial, log_sums, page_table, query_starts, contexts, part_tokens,
-    scale, table_stride,
+    scale, table_stride, max_parts,
     NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     seq, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -134,7 +134,7 @@ def _decode(
     if context <= length:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     else:
-        place = (seq.to(tl.int64) * NUM_KV + head) * MAX_PARTS + part
+        place = (seq.to(tl.int64) * NUM_KV + head) * max_parts + part
         tl.store(partial + place * G * D + g * D + d, result, mask=inside)
         rows = tl.arange(0, BLOCK_M)
         tl.store(log_sums + place * G + rows, top + tl.log2(total), mask=rows < G)
@@ -207,8 +207,8 @@ def decode_attention(
     _decode[(num_seqs, num_kv, buffers.max_parts)](
         q, keys, values, out, buffers.partial, buffers.log_sums,
         sequences.page_table, sequences.query_starts, sequences.contexts, buffers.part_tokens,
-        d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0),
-        NUM_KV=num_kv, G=g, D=d, PAGE=keys.shape[2], MAX_PARTS=buffers.max_parts,
+        d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0), buffers.max_parts,
+        NUM_KV=num_kv, G=g, D=d, PAGE=keys.shape[2],
         BLOCK_M=max(16, next_power_of_2(g)), BLOCK_N=tuning.block_n, BLOCK_D=block_d,
         STAGES=tuning.num_stages, MIXED=mixed, num_warps=tuning.num_warps,
     )  # fmt: skip

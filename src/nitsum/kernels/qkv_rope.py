@@ -12,22 +12,6 @@ of the same two things, q heads and k/v heads, so one kernel serves both.
 import torch
 
 from nitsum.kernels.language import cdiv, jit, next_power_of_2, tl
-from nitsum.model.rope import rotation
-from nitsum.shape import RopeScaling
-
-
-def rope_table(
-    rope: RopeScaling,
-    head_dim: int,
-    max_positions: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> torch.Tensor:
-    """[max_positions, 2 (cos, sin), head_dim / 2], rounded to `dtype` as the reference does."""
-    positions = torch.arange(max_positions, device=device)
-    cos, signed_sin = rotation(rope, head_dim, positions, dtype)
-    half = head_dim // 2
-    return torch.stack((cos[:, 0, :half], signed_sin[:, 0, half:]), 1).contiguous()
 
 
 @jit
@@ -135,9 +119,9 @@ def qkv_rope_write(
 ) -> torch.Tensor:
     """Writes k and v of n tokens into one layer's pages; returns q [n, G, g, d], ready to attend.
 
-    q [n, G, g, d] and kv [n, G, 2, d] are views from `split_heads` (so are `biases`); table is from
-    `rope_table`; positions and kv_slots are [n], slot -1 writes nothing; keys and values are
-    [pages, G, block_tokens, d]; norms are the weights [d] of the norms of q and k.
+    q [n, G, g, d] and kv [n, G, 2, d] are views from `split_heads` (so are `biases`); table is
+    [positions, 2 (cos, sin), d / 2]; positions and kv_slots are [n], slot -1 writes nothing; keys
+    and values are [pages, G, block_tokens, d]; norms are the weights [d] of the norms of q and k.
     """
     n, num_kv, g, d = q.shape
     out = q.new_empty(n, num_kv, g, d) if out is None else out

@@ -13,13 +13,26 @@ import torch
 from nitsum.kernels.activation import silu_mul
 from nitsum.kernels.attention import AttentionBackend
 from nitsum.kernels.norm import add_rms_norm, rms_norm
-from nitsum.kernels.qkv_rope import qkv_rope_write, rope_table, split_heads
+from nitsum.kernels.qkv_rope import qkv_rope_write, split_heads
 from nitsum.model.interface import KvPages, StepInput
 from nitsum.model.ops import Heads
+from nitsum.model.rope import rotation
 from nitsum.model.views import LayerWeights
-from nitsum.shape import ModelShape
+from nitsum.shape import ModelShape, RopeScaling
 
-__all__ = ["CudaBackend", "CudaOps", "rope_table"]
+
+def rope_table(
+    rope: RopeScaling,
+    head_dim: int,
+    max_positions: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """[max_positions, 2 (cos, sin), head_dim / 2], rounded to `dtype` as the reference does."""
+    positions = torch.arange(max_positions, device=device)
+    cos, signed_sin = rotation(rope, head_dim, positions, dtype)
+    half = head_dim // 2
+    return torch.stack((cos[:, 0, :half], signed_sin[:, 0, half:]), 1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nitsum.kernels.triton_attention import TritonAttention
 from nitsum.messages import Work
 from nitsum.model import layers
 from nitsum.model.attention import PagedAttention
+from nitsum.model.cuda_ops import rope_table
 from nitsum.model.ops import Heads
 from nitsum.model.torch_ops import TorchOps
 from nitsum.shape import ModelShape, RopeScaling
@@ -87,7 +88,7 @@ def check_qkv_rope(
     )
     kv_slots = step.kv_slots.clone()
     kv_slots[-1] = -1  # padding: q is computed, nothing is written
-    table = qkv_rope.rope_table(ROPE, d, num_tokens + start, dtype, DEVICE)
+    table = rope_table(ROPE, d, num_tokens + start, dtype, DEVICE)
     q = qkv_rope.qkv_rope_write(
         *qkv_rope.split_heads(rows[0], rows[1] if splits else None, *heads),
         table, step.positions.to(DEVICE), kv_slots.to(DEVICE), ours.keys(0), ours.values(0),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nitsum.kernels.qkv_rope import rope_table
-from nitsum.model.cuda_ops import CudaBackend
+from nitsum.model.cuda_ops import CudaBackend, rope_table
 from nitsum.model.decoder import forward
 from nitsum.model.interface import StepInput
 from nitsum.model.views import LayerWeights, ModelWeights
