@@ -21,8 +21,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # (2.13.0+cpu) in an index of its own: name that index in PIP_EXTRA_INDEX_URL and it is preferred.
 TORCH ?= torch==2.13.0
 
+# Clients of other projects live in an environment of their own: their pins are not ours.
+CLIENTS := .venv-clients
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-gpu check lint types format clean
+.PHONY: help serve demo test test-gpu test-browser test-clients browser check lint types format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,12 +46,29 @@ demo: $(STAMP) ## Watch chats stream while the layout changes under them (MODEL,
 	@$(VENV)/bin/nitsum demo $(MODEL) --ranks $(DEMO_RANKS)
 
 test: $(STAMP) ## Run the tests
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu and not browser"
+
+browser: ## Install Chromium and its driver (Debian, Ubuntu) where they are missing
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		$(AS_ROOT) apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive $(AS_ROOT) apt-get install -y -qq --no-install-recommends \
+			chromium chromium-driver fonts-dejavu-core; }
+
+test-browser: $(STAMP) browser ## Look at the dashboard in a headless browser
+	NITSUM_NEED_BROWSER=1 $(PY) -m pytest -m browser
+
+test-clients: $(STAMP) $(CLIENTS)/.installed ## Talk to the server with clients of other projects
+	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --server-python "$(CURDIR)/$(PY)"
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet -r tests/clients/requirements.txt -c tests/clients/constraints.txt
+	@touch $@
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
-check: lint types test ## Lint, types and tests: what continuous integration runs
+check: lint types test test-browser ## Lint, types and tests: what continuous integration runs
 
 lint: $(STAMP) ## Check style
 	$(VENV)/bin/ruff check src tests
@@ -61,5 +82,5 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix src tests
 
 clean: ## Remove the environment and all caches inside this folder
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
