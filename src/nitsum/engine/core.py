@@ -199,7 +199,7 @@ class Core:
 
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
-        while self._dispatch_round():
+        while not self.generation.rank_load.is_full and self._dispatch_round():
             pass
 
     def _dispatch_round(self) -> bool:

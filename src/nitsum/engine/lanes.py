@@ -57,14 +57,20 @@ class RankLoad:
         self.ahead_s = [0.0 for _ in self.num_in_flight]
         self.free_s = [0.0 for _ in self.num_in_flight]
 
+    @property
+    def is_full(self) -> bool:
+        """No rank can take a step."""
+        return min(self.num_in_flight) >= STEPS_AHEAD
+
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
-        ranks = loop.lane.ranks
-        free = [r for r in ranks if self.num_in_flight[r] < STEPS_AHEAD and r not in self.held]
-        if len(free) == len(ranks):
-            return True
-        self.held.update(ranks)
-        return False
+        in_flight, held = self.num_in_flight, self.held
+        ranks = loop.lane.group.ranks
+        for rank in ranks:
+            if in_flight[rank] >= STEPS_AHEAD or rank in held:
+                held.update(ranks)
+                return False
+        return True
 
     def start_s(self, loop: LaneLoop, now: float) -> float:
         """When a step sent now would start."""

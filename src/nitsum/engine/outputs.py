@@ -25,13 +25,12 @@ class Outbox:
         logits: bytes | None = None,
     ) -> None:
         """New tokens of a sequence, with its end if it has one."""
-        request = sequence.request
         started_s = sequence.first_scheduled_s
-        self.put(
+        self._messages.append(
             Output(
-                request_id=sequence.request_id,
-                tokens=tokens,
-                finish_reason=sequence.finish_reason,
+                sequence.request_id,
+                tokens,
+                sequence.finish_reason,
                 logprobs=[] if logprobs is None else [logprobs],
                 logits=[] if logits is None else [logits],
                 tier=sequence.tier,
@@ -39,7 +38,7 @@ class Outbox:
                 plan=plan,
                 lane="" if sequence.group is None else str(sequence.group),
                 num_cached=sequence.num_cached,
-                queue_s=0.0 if started_s is None else max(0.0, started_s - request.arrival_s),
+                queue_s=0.0 if started_s is None else started_s - sequence.request.arrival_s,
                 num_displaced=sequence.num_displaced,
             )
         )
