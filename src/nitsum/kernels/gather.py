@@ -4,42 +4,46 @@ An arena is `[2 * layers, units, elements of a unit in one layer]`: planes of K 
 A destination pulls; peers' arenas are mapped memory, known by their address. A fixed, small number
 of programs walks all pieces, so that the rest of the GPU keeps computing:
 
-    piece = (plane, unit of the list, part of that unit's row)
+    piece = (plane, a few units of the list, part of their rows)
 """
 
 import torch
 
 from nitsum.kernels.language import jit, next_power_of_2, tl
 
-WORDS = 1024
-"""8-byte words a program copies at a time."""
+WORDS = 4096
+"""8-byte words a program has in flight: several short rows, or a part of a long one."""
 
 
 @jit
 def _gather(
-    bases, base_units, moves, dst, count, num_planes, first_layer, layer_count, num_layers,
-    dst_units, row_words, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+    bases, base_units, moves, dst, count, first_layer, layer_count, num_layers, dst_units,
+    row_words, MOVES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(row_words, WORDS)
     num_moves = tl.load(count)
-    per_plane = num_moves * parts
-    word = tl.arange(0, WORDS)
+    parts = tl.cdiv(row_words, WORDS)
+    per_plane = tl.cdiv(num_moves, MOVES) * parts
+    word = tl.arange(0, WORDS)[None, :]
     total = per_plane * layer_count * 2
-    for piece in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=UNROLL):
+    for piece in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
         plane, rest = piece // per_plane, piece % per_plane
-        move, part = rest // parts, rest % parts
         # planes of a range of layers: K of those layers, then V
-        plane = (plane // layer_count) * num_layers + first_layer + plane % layer_count
-        rank = tl.load(moves + move * 3)
-        src_unit = tl.load(moves + move * 3 + 1).to(tl.int64)
-        dst_unit = tl.load(moves + move * 3 + 2).to(tl.int64)
-        base = tl.multiple_of(tl.load(bases + rank), 16)
-        src = base.to(tl.pointer_type(tl.int64))
-        src_row = (plane.to(tl.int64) * tl.load(base_units + rank) + src_unit) * row_words
-        dst_row = (plane.to(tl.int64) * dst_units + dst_unit) * row_words
-        at = part * WORDS + word
-        words = tl.load(src + src_row + at, mask=at < row_words, other=0)
-        tl.store(dst + dst_row + at, words, mask=at < row_words)
+        plane = ((plane // layer_count) * num_layers + first_layer + plane % layer_count).to(
+            tl.int64
+        )
+        move = (rest // parts * MOVES + tl.arange(0, MOVES))[:, None]
+        listed = move < num_moves
+        rank = tl.load(moves + move * 3, mask=listed, other=0)
+        src_unit = tl.load(moves + move * 3 + 1, mask=listed, other=0).to(tl.int64)
+        dst_unit = tl.load(moves + move * 3 + 2, mask=listed, other=0).to(tl.int64)
+        src = tl.load(bases + rank).to(tl.pointer_type(tl.int64))
+        at = rest % parts * WORDS + word
+        src_row = (plane * tl.load(base_units + rank) + src_unit) * row_words
+        dst_row = (plane * dst_units + dst_unit) * row_words
+        # Arenas and rows are aligned; said here, words are loaded two at a time.
+        src_at = tl.multiple_of(src + src_row + at, [16, 16])
+        words = tl.load(src_at, mask=listed & (at < row_words), other=0)
+        tl.store(dst + dst_row + at, words, mask=listed & (at < row_words))
 
 
 def gather_units(
@@ -64,11 +68,12 @@ def gather_units(
     """
     planes, dst_units, elements = dst.shape
     row_bytes = elements * dst.element_size()
-    assert row_bytes % 8 == 0, "rows are copied in words of 8 bytes"
+    assert row_bytes % 16 == 0, "rows are copied 16 bytes at a time"
     assert dst.is_contiguous()
     assert layers.step == 1
     words = min(WORDS, next_power_of_2(row_bytes // 8))
+    moves_at_once = WORDS // words
     _gather[(num_programs,)](
-        bases, base_units, moves, dst.view(torch.int64), count, planes, layers.start, len(layers),
-        planes // 2, dst_units, row_bytes // 8, WORDS=words, UNROLL=2, num_warps=8,
+        bases, base_units, moves, dst.view(torch.int64), count, layers.start, len(layers),
+        planes // 2, dst_units, row_bytes // 8, MOVES=moves_at_once, WORDS=words, num_warps=8,
     )  # fmt: skip
