@@ -16,9 +16,16 @@ COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "check-config": "say what is wrong with a configuration and how to fix it",
     "plans": "draw the plans a server would hold ready",
+    "plan": "find the few layouts to hold ready for a workload",
+    "profile": "measure step times of this machine into a cost table",
+    "explain": "say in words why the layout changed, or did not",
     "simulate": "predict how plans and policies would serve a workload on a machine",
     "demo": "serve the demo model and switch plans under chats of three tiers",
+    "doctor": "say what this machine has, what is used of it, and what is missing",
     "fetch-demo": "download the demo model and convert it, once",
+    "verify": "prove that switching the layout changes no result",
+    "keys": "make, list and revoke API keys",
+    "report": "print who was served how well, what it cost, what the machine earned",
     "version": "print the version of Nitsum and of what it runs on",
 }
 
