@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -12,7 +13,10 @@ from nitsum.cli.settings import PlanSettings, ServeSettings
 from nitsum.cli.sources import did_you_mean
 from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
+from nitsum.ledger.records import Prices
+from nitsum.ledger.store import Store
 from nitsum.plan import PlanSet, default_plans, is_power_of_two, read_plans
+from nitsum.server.keys import KeyRing
 from nitsum.server.settings import ServerSettings
 from nitsum.tier import DEFAULT_TIERS, Tier, TierSet
 
@@ -88,7 +92,41 @@ def build_server_settings(
         admin_key=settings.admin_key or None,
         tiers=build_tiers(settings.tiers),
         drain_s=settings.shutdown_timeout,
+        stall_s=settings.stall_timeout,
+        otlp=settings.otlp,
+        keys=Path(settings.keys) if settings.keys else None,
+        data_dir=data_dir_of(settings),
+        ledger=ledger_of(settings.ledger, data_dir_of(settings)),
+        prices=Prices(settings.price_input, settings.price_output),
+        batch_concurrency=settings.batch_concurrency,
+        num_ranks=settings.ranks,
+        device=settings.device,
     )
+
+
+def default_data_dir() -> Path:
+    """Where a server keeps what outlives it, unless it is told."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "nitsum"
+
+
+def data_dir_of(settings: ServeSettings) -> Path:
+    return Path(settings.data_dir) if settings.data_dir else default_data_dir()
+
+
+def ledger_of(given: str, data_dir: Path) -> str:
+    """The path or URL of the ledger; empty for none."""
+    if given == "none":
+        return ""
+    return given or str(data_dir / "ledger.db")
+
+
+def check_books(settings: ServeSettings) -> None:
+    """Raise what is wrong with the key file or the ledger, before a model is loaded for nothing."""
+    if settings.keys:
+        KeyRing(Path(settings.keys), TierSet(build_tiers(settings.tiers)))
+    if where := ledger_of(settings.ledger, data_dir_of(settings)):
+        Store(where).close()
 
 
 def build_tiers(entries: tuple[object, ...]) -> tuple[Tier, ...]:

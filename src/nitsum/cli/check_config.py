@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nitsum.cli.build import build_engine_config, build_plans, build_tiers
+from nitsum.cli.build import build_engine_config, build_plans, build_tiers, check_books
 from nitsum.cli.checkpoint import (
     DEMO_NAME,
     checkpoint_folder,
@@ -48,6 +48,7 @@ def find_problems(settings: ServeSettings) -> list[str]:
         lambda s: require_torch(),
         lambda s: build_plans(s),
         lambda s: build_tiers(s.tiers),
+        check_books,
         _check_model,
     )
     problems = [problem for check in checks if (problem := _problem_of(check, settings))]

@@ -64,6 +64,14 @@ def seconds(value: object) -> float:
     raise ValueError("a number of seconds is expected, such as 30 or 0.5")
 
 
+def amount(value: object) -> float:
+    """An amount of money that is not negative."""
+    try:
+        return seconds(value)
+    except ValueError:
+        raise ValueError("an amount of at least 0 is expected, such as 2 or 0.15") from None
+
+
 def size_bytes(value: object) -> int:
     """A size: bytes as a number, or with a unit, such as 256MiB."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:

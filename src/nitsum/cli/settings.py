@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nitsum.cli.readers import boolean, entries, one_of, seconds, size_bytes, text, whole_number
+from nitsum.cli.readers import (
+    amount,
+    boolean,
+    entries,
+    one_of,
+    seconds,
+    size_bytes,
+    text,
+    whole_number,
+)
 from nitsum.cli.sources import setting
 
 
@@ -75,12 +84,49 @@ class ServeSettings(PlanSettings):
     admin_key: str = setting(
         text, "", "admin routes need this key (default: loopback callers only)"
     )
+    keys: str = setting(
+        text, "", "key file made by `nitsum keys add` (default: no keys needed)", "FILE"
+    )
+    data_dir: str = setting(
+        text,
+        "",
+        "folder for files, batches and the ledger (default: ~/.local/share/nitsum)",
+        "DIR",
+    )
+    ledger: str = setting(
+        text,
+        "",
+        "SQLite file or database URL for one record a request, or `none` "
+        "(default: ledger.db in the data folder)",
+        "PATH|URL",
+    )
+    price_input: float = setting(
+        amount, 0.0, "price of a million prompt tokens at a tier's multiplier of 1", "MONEY"
+    )
+    price_output: float = setting(
+        amount, 0.0, "price of a million answer tokens at a tier's multiplier of 1", "MONEY"
+    )
+    batch_concurrency: int = setting(
+        whole_number(1), 4, "lines of /v1/batches that run at a time", "N"
+    )
     shutdown_timeout: float = setting(
         seconds, 30.0, "time for running requests to finish at shutdown, seconds", "SECONDS"
+    )
+    stall_timeout: float = setting(
+        seconds, 30.0, "/health fails when work waits and no step ends for this long", "SECONDS"
+    )
+    otlp: str = setting(
+        text,
+        "",
+        "send spans and metrics to this OpenTelemetry collector (needs nitsum[otel])",
+        "URL",
     )
     events: str = setting(
         text, "", "append what happens, one JSON object a line, to this file", "FILE"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        one_of("debug", "info", "warning", "error"), "warning", "debug, info, warning or error"
+        one_of("debug", "info", "warning", "error"),
+        "info",
+        "debug, info (a line at the end of each request), warning or error",
     )
+    log_format: Literal["text", "json"] = setting(one_of("text", "json"), "text", "text or json")

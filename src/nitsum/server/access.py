@@ -16,8 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum.errors import ApiError
 from nitsum.server.caller import now_s, request_id_of
+from nitsum.server.keyfile import Key
+from nitsum.server.keys import wrong_key
 from nitsum.server.respond import json_response
-from nitsum.server.settings import ServerSettings
+from nitsum.server.service import Service
 from nitsum.server.sse import ClientGone
 
 _KEYED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
@@ -28,9 +30,9 @@ _FORWARDED_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 class Frame:
     """ASGI middleware: checks keys, stamps arrival, adds `x-request-id`, forgets lost clients."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._settings = settings
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,11 +45,13 @@ class Frame:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                own = MutableHeaders(scope=message)
+                own["x-request-id"] = request_id
+                own.update(self._left(scope))
             await send(message)
 
         try:
-            check_access(scope, headers, self._settings)
+            scope.setdefault("nitsum.key", check_access(scope, headers, self._service))
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_id)
             return
@@ -56,23 +60,33 @@ class Frame:
         except (ClientGone, ClientDisconnect):
             return
 
+    def _left(self, scope: Scope) -> dict[str, str]:
+        """What the caller's key has left, after this call."""
+        key: Key | None = scope.get("nitsum.key")
+        return {} if key is None else self._service.books.quotas.headers(key)
 
-def check_access(scope: Scope, headers: Headers, settings: ServerSettings) -> None:
-    """Raise a 401 or 403 for callers that may not use this path."""
+
+def check_access(scope: Scope, headers: Headers, service: Service) -> Key | None:
+    """The caller's key, if it needs one; raises a 401 or 403 for who may not use this path."""
     path: str = scope["path"]
+    settings = service.settings
     if path.startswith(_ADMIN_PREFIX):
         _check_admin(scope, headers, settings.admin_key)
-    elif settings.api_key is not None and path.startswith(_KEYED_PREFIXES):
-        _check_key(headers, settings.api_key)
+    elif path.startswith(_KEYED_PREFIXES):
+        return _check_key(headers, service)
+    return None
 
 
-def _check_key(headers: Headers, key: str) -> None:
-    if not _has_key(headers, key):
-        raise ApiError(
-            "Wrong or missing API key. Send it as 'Authorization: Bearer KEY'.",
-            status=401,
-            code="invalid_api_key",
-        )
+def _check_key(headers: Headers, service: Service) -> Key | None:
+    """The single key (`--api-key`) opens everything and has no limits."""
+    single = service.settings.api_key
+    if single is None and service.keys is None:
+        return None
+    if single is not None and _has_key(headers, single):
+        return None
+    if service.keys is None:
+        raise wrong_key()
+    return service.keys.find(_sent_key(headers))
 
 
 def _check_admin(scope: Scope, headers: Headers, admin_key: str | None) -> None:
@@ -89,8 +103,13 @@ def _check_admin(scope: Scope, headers: Headers, admin_key: str | None) -> None:
 
 
 def _has_key(headers: Headers, key: str) -> bool:
+    return hmac.compare_digest(_sent_key(headers).encode(), key.encode())
+
+
+def _sent_key(headers: Headers) -> str:
+    """The bearer token; empty without one, which opens nothing."""
     scheme, _, sent = headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), key.encode())
+    return sent.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_local(scope: Scope, headers: Headers) -> bool:

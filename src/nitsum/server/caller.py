@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nitsum.errors import ApiError, bad_request
+from nitsum.server.keyfile import Key
+from nitsum.server.keys import clamp
 from nitsum.server.schema import CommonBody
 from nitsum.tier import TierSet
 
@@ -31,11 +33,36 @@ class Caller:
     """`x-request-id` of the response."""
     arrival_s: float
     tier: str
+    """What it may have: asked for, and no more urgent than its key allows."""
+    tier_asked: str
     tenant: str = ""
+    """With whom it shares fairly: its key's tenant, or without keys whom it names."""
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     chain_id: str | None = None
     chain_deadline_s: float | None = None
+    key: Key | None = None
+    endpoint: str = ""
+    batch_id: str | None = None
+    """The batch it is a line of."""
+    reason: str | None = None
+    """Why `tier` is not `tier_asked`."""
+
+    @property
+    def account(self) -> str:
+        """The tenant that pays; without keys, all are one."""
+        return "" if self.key is None else self.key.tenant
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """How a call came in: what the server itself knows of it, before any field is read."""
+
+    request_id: str
+    arrival_s: float
+    endpoint: str = ""
+    key: Key | None = None
+    batch_id: str | None = None
 
 
 def read_caller(
@@ -43,8 +70,7 @@ def read_caller(
     body: CommonBody,
     tiers: TierSet,
     default_tier: str,
-    request_id: str,
-    arrival_s: float,
+    entrance: Entrance,
 ) -> Caller:
     """The caller of a completion; raises `ApiError` (400) that names the header or field."""
     deadline_s = _seconds(headers, (_CHAIN_DEADLINE_HEADER,))
@@ -54,16 +80,35 @@ def read_caller(
             f"{_CHAIN_DEADLINE_HEADER} needs {_CHAIN_HEADER} or metadata.chain_id beside it.",
             _CHAIN_DEADLINE_HEADER,
         )
+    key, arrival_s = entrance.key, entrance.arrival_s
+    auto = default_tier if key is None or key.default_tier is None else key.default_tier
+    asked = _tier(headers, body.service_tier, tiers, auto)
+    tier, reason = _allowed(asked, entrance, tiers)
+    named = _name(headers, _FAIRNESS_HEADERS) or body.safety_identifier or body.user or ""
     return Caller(
-        request_id=request_id,
+        request_id=entrance.request_id,
         arrival_s=arrival_s,
-        tier=_tier(headers, body.service_tier, tiers, default_tier),
-        tenant=_name(headers, _FAIRNESS_HEADERS) or body.safety_identifier or body.user or "",
+        tier=tier,
+        tier_asked=asked,
+        tenant=named if key is None else key.tenant,
         ttft_target_s=_seconds(headers, _TTFT_HEADERS),
         tpot_target_s=_seconds(headers, _TPOT_HEADERS),
         chain_id=chain_id or None,
         chain_deadline_s=None if deadline_s is None else arrival_s + deadline_s,
+        key=key,
+        endpoint=entrance.endpoint,
+        batch_id=entrance.batch_id,
+        reason=reason,
     )
+
+
+def _allowed(asked: str, entrance: Entrance, tiers: TierSet) -> tuple[str, str | None]:
+    """The tier a call gets, and why it is not the one it asked for."""
+    if entrance.batch_id is not None:
+        lowest = tiers.ordered[-1].name
+        return lowest, None if asked == lowest else f"lines of a batch are served as {lowest}"
+    tier = clamp(asked, entrance.key, tiers)
+    return tier, None if tier == asked else f"this key is served as {tier} at most"
 
 
 def request_id_of(headers: Headers) -> str:

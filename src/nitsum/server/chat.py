@@ -15,7 +15,8 @@ from nitsum.errors import bad_request
 from nitsum.request import Request
 from nitsum.server.answer import Answer, Piece, TokenScore
 from nitsum.server.fields import check_common, room_for_answer, sampling_params, stop_strings
-from nitsum.server.generation import Job, engine_requests, new_id
+from nitsum.server.generation import engine_requests, new_id
+from nitsum.server.job import Job
 from nitsum.server.messages import (
     offered_tools,
     template_messages,

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from nitsum.errors import bad_request
 from nitsum.server.answer import Answer, Piece, TokenScore
 from nitsum.server.fields import check_common, room_for_answer, sampling_params, stop_strings
-from nitsum.server.generation import Job, engine_requests, new_id
+from nitsum.server.generation import engine_requests, new_id
+from nitsum.server.job import Job
 from nitsum.server.respond import ChunkUsage, respond
 from nitsum.server.schema import COMPLETION_REFUSED, CompletionBody, parse_body
 from nitsum.server.service import Service, read_body, service_of

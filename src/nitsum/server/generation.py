@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -16,57 +14,11 @@ from nitsum.errors import ApiError
 from nitsum.messages import Output
 from nitsum.request import Request, SamplingParams
 from nitsum.server.answer import Answer, Piece
-from nitsum.server.caller import Caller, now_s
+from nitsum.server.books import Books
+from nitsum.server.caller import Caller
 from nitsum.server.fields import copy_seed
+from nitsum.server.job import Job
 from nitsum.server.metrics import Metrics, Watch
-from nitsum.server.shapes import PromptTokensDetails, Usage
-from nitsum.tier import TierSet
-
-
-@dataclass
-class Job:
-    """One call: its answers, and what is known of how they are served."""
-
-    id: str
-    model: str
-    caller: Caller
-    answers: list[Answer]
-    tiers: TierSet
-    num_copies: int = 1
-    """Answers to each prompt; `answers` has those of the first prompt first."""
-    created: int = field(default_factory=lambda: int(time.time()))
-    first_output: Output | None = None
-
-    @property
-    def tier(self) -> str:
-        """The least urgent tier any of its answers is served as."""
-        return max((a.tier for a in self.answers), key=lambda name: self.tiers[name].level)
-
-    def usage(self) -> Usage:
-        """Tokens so far. A prompt with several answers counts once, as cached for the first."""
-        firsts = self.answers[:: self.num_copies]
-        num_prompt = sum(len(answer.request.prompt) for answer in firsts)
-        num_output = sum(answer.num_tokens for answer in self.answers)
-        num_cached = sum(answer.num_cached for answer in firsts)
-        details = PromptTokensDetails(num_cached)
-        return Usage(num_prompt, num_output, num_prompt + num_output, details)
-
-    def headers(self) -> dict[str, str]:
-        """What the engine has said so far, for the response's head."""
-        elapsed_ms = (now_s() - self.caller.arrival_s) * 1000
-        headers = {"openai-processing-ms": str(round(elapsed_ms))}
-        output = self.first_output
-        if output is not None:
-            headers["x-nitsum-queue-ms"] = str(round(output.queue_s * 1000))
-            told = {"plan": output.plan, "lane": output.lane, "reason": output.reason}
-            headers |= {
-                f"x-nitsum-{name}": _header_text(text) for name, text in told.items() if text
-            }
-        return headers
-
-
-def _header_text(text: str) -> str:
-    return text.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")
 
 
 def engine_requests(
@@ -84,7 +36,7 @@ def engine_requests(
             prompt=prompt,
             sampling=msgspec.structs.replace(params, seed=copy_seed(params.seed, copy)),
             tier=caller.tier,
-            tier_asked=caller.tier,
+            tier_asked=caller.tier_asked,
             arrival_s=caller.arrival_s,
             order=order,
             tenant=caller.tenant,
@@ -103,22 +55,27 @@ def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-async def pieces(engine: EngineClient, job: Job, metrics: Metrics) -> AsyncGenerator[Piece, None]:
+async def pieces(
+    engine: EngineClient, job: Job, metrics: Metrics, books: Books
+) -> AsyncGenerator[Piece, None]:
     """Pieces of all answers as they come; ends when every answer has ended.
 
-    Raises `ApiError` when one fails. Closing (or cancelling) it aborts what is left.
+    Raises `ApiError` when one fails or the caller's key has no room for it. Closing (or cancelling)
+    it aborts what is left. However it ends, the books have an entry.
     """
-    streams = [_follow(engine, job, answer, metrics) for answer in job.answers]
-    merged = streams[0] if len(streams) == 1 else _merge(streams)
-    async with aclosing(merged):
-        async for piece in merged:
-            yield piece
+    with books.open(job):
+        streams = [_follow(engine, job, answer, metrics) for answer in job.answers]
+        merged = streams[0] if len(streams) == 1 else _merge(streams)
+        async with aclosing(merged):
+            async for piece in merged:
+                yield piece
 
 
 async def _follow(
     engine: EngineClient, job: Job, answer: Answer, metrics: Metrics
 ) -> AsyncGenerator[Piece, None]:
     with metrics.watch(answer.request) as watch:
+        job.watches.append(watch)
         async with aclosing(engine.generate(answer.request)) as outputs:
             async for output in outputs:
                 if job.first_output is None:

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from nitsum.errors import ApiError
 from nitsum.server.answer import Piece
-from nitsum.server.generation import Job, pieces
+from nitsum.server.generation import pieces
+from nitsum.server.job import Job
 from nitsum.server.schema import CommonBody
 from nitsum.server.service import Service
 from nitsum.server.shapes import Usage
@@ -46,7 +47,7 @@ async def respond(
     A stream's head waits for the first output, so that a refusal has its own status, and headers
     can say where the request runs.
     """
-    stream = pieces(service.engine, job, service.metrics)
+    stream = pieces(service.engine, job, service.metrics, service.books)
     if not body.stream:
         found = await until_disconnect(request.receive, _collect(stream))
         return json_response(shape.whole(job, found), job.headers())

@@ -11,8 +11,11 @@ from starlette.requests import Request as HttpRequest
 
 from nitsum.engine.client import EngineClient
 from nitsum.errors import ApiError
-from nitsum.server.caller import Caller, now_s, read_caller
+from nitsum.server.books import Books
+from nitsum.server.caller import Caller, Entrance, now_s, read_caller
 from nitsum.server.fields import Limits, check_token, too_long
+from nitsum.server.keyfile import Key
+from nitsum.server.keys import KeyRing
 from nitsum.server.metrics import Metrics
 from nitsum.server.schema import CommonBody
 from nitsum.server.settings import ServerSettings
@@ -36,6 +39,8 @@ class Service:
     tiers: TierSet
     limits: Limits
     metrics: Metrics
+    books: Books
+    keys: KeyRing | None
     created_s: int
     draining: bool = field(default=False)
 
@@ -66,15 +71,15 @@ class Service:
 
     def caller(self, request: HttpRequest, body: CommonBody) -> Caller:
         """Who asks. The clock started when the request's head arrived."""
-        arrival_s = cast(float, request.scope.get("nitsum.arrival_s") or now_s())
-        return read_caller(
-            request.headers,
-            body,
-            self.tiers,
-            self.settings.default_tier,
-            cast(str, request.scope.get("nitsum.request_id", "")),
-            arrival_s,
+        scope = request.scope
+        entrance = Entrance(
+            request_id=cast(str, scope.get("nitsum.request_id", "")),
+            arrival_s=cast(float, scope.get("nitsum.arrival_s") or now_s()),
+            endpoint=request.url.path,
+            key=key_of(request),
+            batch_id=cast("str | None", scope.get("nitsum.batch_id")),
         )
+        return read_caller(request.headers, body, self.tiers, self.settings.default_tier, entrance)
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text, off the event loop when it is long."""
@@ -102,6 +107,11 @@ class Service:
                 param=param,
             )
         return [bos]
+
+
+def key_of(request: HttpRequest) -> Key | None:
+    """The key the caller came with; None where the server has no key file."""
+    return cast("Key | None", request.scope.get("nitsum.key"))
 
 
 def service_of(request: HttpRequest) -> Service:

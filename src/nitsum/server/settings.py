@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nitsum.errors import ConfigError
+from nitsum.ledger.records import Prices
 from nitsum.shape import ModelShape
 from nitsum.tier import DEFAULT_TIERS, Tier
 
@@ -32,6 +33,20 @@ class ServerSettings:
     """Callers must send it as a bearer token; None lets everybody in."""
     admin_key: str | None = field(default=None, repr=False)
     """Opens the admin routes to callers from other machines."""
+    keys: Path | None = None
+    """Key file; None: no keys but `api_key`."""
+    ledger: str = field(default="", repr=False)
+    """SQLite file or database URL of the ledger; empty keeps none."""
+    prices: Prices = field(default_factory=Prices)
+    data_dir: Path | None = None
+    """Where files, batches and what the ledger could not store are kept; None keeps nothing."""
+    batch_concurrency: int = 4
+    """Lines of batches that run at a time."""
+    num_ranks: int = 1
+    device: str = "cpu"
+    """What the ledger counts as the machine's hours."""
+    otlp: str = ""
+    """OpenTelemetry collector that gets spans and metrics over HTTP; empty sends none."""
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
     default_tier: str = "default"
     """What `service_tier: auto` means."""
@@ -48,7 +63,13 @@ class ServerSettings:
             raise ConfigError("Give the model at least one name.")
         if self.default_tier not in {tier.name for tier in self.tiers}:
             raise ConfigError(f"default_tier {self.default_tier!r} is none of the tiers.")
-        for name in ("max_model_len", "vocab_size", "max_body_bytes", "max_choices"):
+        for name in (
+            "max_model_len",
+            "vocab_size",
+            "max_body_bytes",
+            "max_choices",
+            "batch_concurrency",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
 
