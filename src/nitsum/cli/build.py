@@ -74,6 +74,8 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         prefix_cache=settings.prefix_cache,
         seed=settings.seed,
         timeout_s=settings.step_timeout,
+        controller=settings.controller,
+        cost_path=settings.cost,
         events_path=settings.events,
     )
 

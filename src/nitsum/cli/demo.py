@@ -53,6 +53,7 @@ def _server(model: str, num_ranks: int, events: Path) -> Iterator[str]:
     """`nitsum serve` in a process of its own, on a free port; yields its URL."""
     command = [sys.executable, "-m", "nitsum.cli", "serve", model]
     flags = ["--ranks", str(num_ranks), "--port", "0", "--events", str(events)]
+    flags += ["--log-level", "warning"]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
     try:
         yield _url(process)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import signal
@@ -13,7 +12,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from nitsum.cli.build import build_engine_config, build_server_settings
+from nitsum.cli.build import build_engine_config, build_server_settings, check_books
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.drawing import draw_plan
 from nitsum.cli.keeper import EngineKeeper
@@ -25,6 +24,7 @@ from nitsum.config import EngineConfig
 from nitsum.engine.client import ZmqEngineClient
 from nitsum.errors import ConfigError, require_torch
 from nitsum.messages import EngineReady
+from nitsum.server import logs
 from nitsum.server.run import serve
 from nitsum.server.settings import ServerSettings
 from nitsum.shape import ModelShape
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_or_error(ServeSettings, args, os.environ)
     if problem := port_problem(settings.host, settings.port):
         raise ConfigError(problem)  # said now, not after the model is loaded
-    logging.basicConfig(level=settings.log_level.upper())
+    check_books(settings)
+    logs.set_up(settings.log_level, settings.log_format)
     model = checkpoint_folder(settings.model)
     config = build_engine_config(settings, model)
     signal.signal(signal.SIGTERM, _exit)  # until the server has its own handler

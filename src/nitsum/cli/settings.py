@@ -121,6 +121,15 @@ class ServeSettings(PlanSettings):
         "send spans and metrics to this OpenTelemetry collector (needs nitsum[otel])",
         "URL",
     )
+    controller: Literal["static", "adaptive"] = setting(
+        one_of("static", "adaptive"),
+        "static",
+        "adaptive: change plans when that pays; static: only when told to",
+        "WHO",
+    )
+    cost: str = setting(
+        text, "", "step times measured by `nitsum profile` (default: a rough model)", "FILE"
+    )
     events: str = setting(
         text, "", "append what happens, one JSON object a line, to this file", "FILE"
     )

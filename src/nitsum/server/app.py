@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from nitsum.engine.client import EngineClient
 from nitsum.errors import ApiError
-from nitsum.server import access, admin, dashboard, info
+from nitsum.server import access, admin, dashboard, info, logs
 from nitsum.server.books import open_books
 from nitsum.server.chat import chat_completions
 from nitsum.server.completions import completions
@@ -25,6 +25,8 @@ from nitsum.server.sampler import Sampler
 from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec, load_codec
+from nitsum.server.tracing import CallerTrace, Tracing
+from nitsum.server.usage import completions_usage
 from nitsum.tier import TierSet
 
 _LAST_ENTRIES_S = 2.0
@@ -35,6 +37,7 @@ ROUTES = (
     Route("/v1/models", info.models),
     Route("/v1/models/{name:path}", info.model),
     Route("/v1/tiers", info.tiers),
+    Route("/v1/organization/usage/completions", completions_usage),
     Route("/tokenize", info.tokenize, methods=["POST"]),
     Route("/detokenize", info.detokenize, methods=["POST"]),
     Route("/health", info.health),
@@ -57,7 +60,7 @@ def build_app(client: EngineClient, settings: ServerSettings) -> Starlette:
     service = build_service(client, settings)
     app = Starlette(
         routes=list(ROUTES),
-        middleware=[Middleware(access.Frame, service=service)],
+        middleware=[*_outside(settings), Middleware(access.Frame, service=service)],
         exception_handlers={
             ApiError: access.on_api_error,
             HTTPException: access.on_http_error,
@@ -70,10 +73,18 @@ def build_app(client: EngineClient, settings: ServerSettings) -> Starlette:
     return app
 
 
+def _outside(settings: ServerSettings) -> list[Middleware]:
+    """What sees a request before everything else, and its response after."""
+    tracing = [Middleware(CallerTrace)] if settings.otlp else []
+    return [Middleware(logs.RequestLog), *tracing]
+
+
 def build_service(client: EngineClient, settings: ServerSettings) -> Service:
     tiers = TierSet(settings.tiers)
     codec = load_codec(settings.checkpoint)
     metrics = Metrics(settings.model_names[0], tiers)
+    if settings.otlp:
+        metrics.tracing = Tracing(settings.otlp, settings.model_names[0])
     client.on_switch(metrics.saw_switch)
     books = open_books(settings, tiers)
     return Service(
@@ -109,6 +120,12 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         await service.engine.close()
         await _until_closed(service.metrics)
         await asyncio.to_thread(service.books.close)
+        await asyncio.to_thread(_close_tracing, app.state.service.metrics)
+
+
+def _close_tracing(metrics: Metrics) -> None:
+    if metrics.tracing is not None:
+        metrics.tracing.close()
 
 
 async def _until_closed(metrics: Metrics) -> None:

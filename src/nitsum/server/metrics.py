@@ -16,9 +16,11 @@ from prometheus_client.exposition import choose_encoder
 from nitsum.errors import ApiError
 from nitsum.messages import Output, Status, SwitchReport
 from nitsum.request import Request
+from nitsum.server import logs
 from nitsum.server.caller import now_s
 from nitsum.server.engine_counters import EngineCounters
 from nitsum.server.scores import Scores
+from nitsum.server.tracing import Tracing
 from nitsum.tier import Tier, TierSet
 
 # Fine around the targets of interactive tiers (50 ms a token, 200-300 ms to the first).
@@ -47,6 +49,8 @@ class Metrics:
         self.tiers = tiers
         self.open: set[Watch] = set()
         """Engine requests that have not ended."""
+        self.tracing: Tracing | None = None
+        """Told of every request and switch that ends."""
         self._admin_ops: deque[str] = deque(maxlen=_MAX_OPS)
         self._ended_ops: deque[str] = deque(maxlen=_MAX_OPS)
         self._reasons: set[str] = set()
@@ -73,6 +77,8 @@ class Metrics:
         if report.op_id in self._ended_ops:
             return
         self._ended_ops.append(report.op_id)
+        if self.tracing is not None:
+            self.tracing.switched(report)
         plans = (report.from_plan, report.to_plan)
         if not report.ok:
             self.ours.switches_failed.labels(*plans).inc()
@@ -223,13 +229,19 @@ class Watch:
         self.met: bool | None = None
         """Whether it met its tier's targets; None before its end."""
         self.num_displaced = 0
+        self.num_tokens = 0
+        """Of the answer, so far."""
+        self.outcome = "aborted"
+        """`ok`, `aborted` or an error code."""
+        self.queue_s: float | None = None
+        """Arrival to first step; None before the engine has said."""
+        self.plan = self.lane = ""
+        """Where it runs, as last told."""
         self._metrics = metrics
         self._last_s = 0.0
         self.tier = request.tier
         """The tier it is served as."""
-        self._num_tokens = 0
         self._begun = False
-        self._outcome = "aborted"
 
     def __enter__(self) -> Watch:
         self._metrics.open.add(self)
@@ -242,18 +254,35 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         self._metrics.open.discard(self)
-        labels = (self.request.tier_asked, self.tier, self._outcome)
+        labels = (self.request.tier_asked, self.tier, self.outcome)
         self._metrics.ours.requests.labels(*labels).inc()
+        self._note()
+        if self._metrics.tracing is not None:
+            self._metrics.tracing.ended(self)
+
+    def _note(self) -> None:
+        """What the log's line about this request says of it."""
+        logs.note(
+            tier=self.tier,
+            outcome=self.outcome,
+            tenant=self.request.tenant or None,
+            plan=self.plan,
+            lane=self.lane,
+            queue_ms=None if self.queue_s is None else round(self.queue_s * 1000, 1),
+            ttft_ms=None if self.ttft_s is None else round(self.ttft_s * 1000, 1),
+            num_prompt=len(self.request.prompt),
+            num_output=self.num_tokens,
+        )
 
     def failed(self, error: ApiError) -> None:
         """The engine refused or dropped it."""
-        self._outcome = error.code or "error"
+        self.outcome = error.code or "error"
 
     def saw(self, output: Output, num_tokens: int, *, ended: bool) -> None:
         """Count an output; `num_tokens` of its tokens belong to the answer."""
         if not self._begun:
             self._begin(output)
-        self.tier = output.tier
+        self.tier, self.plan, self.lane = output.tier, output.plan, output.lane
         self._metrics.vllm.displaced.inc(max(0, output.num_displaced - self.num_displaced))
         self.num_displaced = max(self.num_displaced, output.num_displaced)
         if num_tokens:
@@ -263,6 +292,7 @@ class Watch:
 
     def _begin(self, output: Output) -> None:
         self._begun = True
+        self.queue_s = output.queue_s
         vllm, ours = self._metrics.vllm, self._metrics.ours
         num_prompt = len(self.request.prompt)
         vllm.prompt_tokens.inc(num_prompt)
@@ -278,7 +308,7 @@ class Watch:
         now = now_s()
         vllm = self._metrics.vllm
         vllm.output_tokens.inc(num_tokens)
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         if self.first_s is None:
             self.first_s = now
             vllm.ttft_s.observe(now - self.request.arrival_s)
@@ -288,13 +318,13 @@ class Watch:
         self._last_s = now
 
     def _end(self, output: Output) -> None:
-        self._outcome = "ok"
+        self.outcome = "ok"
         self.ended = True
         vllm, ours = self._metrics.vllm, self._metrics.ours
         vllm.success("length" if output.finish_reason == "length" else "stop")
         vllm.e2e_s.observe(now_s() - self.request.arrival_s)
         vllm.request_prompt.observe(len(self.request.prompt))
-        vllm.request_output.observe(self._num_tokens)
+        vllm.request_output.observe(self.num_tokens)
         tpot_s = self.tpot_s
         if tpot_s is not None:
             vllm.tpot_s.observe(tpot_s)
@@ -303,7 +333,7 @@ class Watch:
         (ours.attained if met else ours.missed).labels(self.tier).inc()
         self._metrics.scores.add(self.tier, met=met, ttft_s=self.ttft_s, tpot_s=tpot_s)
         if met:
-            ours.goodput.labels(self.tier).inc(self._num_tokens)
+            ours.goodput.labels(self.tier).inc(self.num_tokens)
 
     @property
     def ttft_s(self) -> float | None:
@@ -313,9 +343,9 @@ class Watch:
     @property
     def tpot_s(self) -> float | None:
         """Mean time per token after the first; None before the second."""
-        if self.first_s is None or self._num_tokens < 2:
+        if self.first_s is None or self.num_tokens < 2:
             return None
-        return (self._last_s - self.first_s) / (self._num_tokens - 1)
+        return (self._last_s - self.first_s) / (self.num_tokens - 1)
 
     def _met_targets(self, tier: Tier, tpot_s: float | None) -> bool:
         now = now_s()
