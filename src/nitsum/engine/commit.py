@@ -38,7 +38,7 @@ class Committer:
     def commit(self, generation: Generation, step: StepInFlight, done: StepDone) -> None:
         """Every chunk of the step: confirm its positions, take its token."""
         counts: list[tuple[str, int]] = []
-        drawn = iter(_drawn(done))
+        drawn, now = iter(_drawn(done)), generation.now()
         size = generation.kv.arena.block_tokens
         for chunk, restarts in zip(step.chunks, step.restarts, strict=True):
             sequence, start, num_tokens, samples = chunk
@@ -49,12 +49,17 @@ class Committer:
             if restarts == sequence.num_restarts and end > sequence.num_computed:
                 sequence.num_computed = end
             if token is not None:
-                counts.append((sequence.request_id, self._take(generation, sequence, end, token)))
+                if end == len(sequence.tokens) and not self.early:
+                    self._append(generation, sequence, token, now)
+                    counts.append((sequence.request_id, 1))
+                else:
+                    count = self._take(generation, sequence, end, token, now)
+                    counts.append((sequence.request_id, count))
             if num_tokens > 1 or not end % size:  # else no block became full
                 self._register(generation, sequence)
         generation.emit(
             StepEnded(
-                at_s=generation.now(),
+                at_s=now,
                 step_id=step.step_id,
                 group=step.loop.group,
                 seconds=done.seconds,
@@ -82,24 +87,26 @@ class Committer:
             )
         )
 
-    def _take(self, generation: Generation, sequence: Sequence, end: int, drawn: Drawn) -> int:
+    def _take(
+        self, generation: Generation, sequence: Sequence, end: int, drawn: Drawn, now: float
+    ) -> int:
         """Append the token after `end` positions, and those it let wait; how many were taken."""
         if end != len(sequence.tokens):
             self.early[sequence.request_id][end] = drawn
             return 0
         count = 1
-        self._append(generation, sequence, drawn)
-        waiting = self.early.get(sequence.request_id) if self.early else None
+        self._append(generation, sequence, drawn, now)
+        waiting = self.early.get(sequence.request_id)
         while waiting and len(sequence.tokens) in waiting and not sequence.is_finished:
             count += 1
-            self._append(generation, sequence, waiting.pop(len(sequence.tokens)))
+            self._append(generation, sequence, waiting.pop(len(sequence.tokens)), now)
         return count
 
-    def _append(self, generation: Generation, sequence: Sequence, drawn: Drawn) -> None:
+    def _append(self, generation: Generation, sequence: Sequence, drawn: Drawn, now: float) -> None:
         token, logprobs, logits = drawn
         sequence.tokens.append(token)
         sequence.num_sampling -= 1
-        sequence.last_token_s = now = generation.clock.now()
+        sequence.last_token_s = now
         if sequence.first_token_s is None:
             sequence.first_token_s = now
         sequence.finish_reason = reason = end_of(sequence)
@@ -143,7 +150,7 @@ def end_of(sequence: Sequence) -> FinishReason | None:
 
 def _drawn(done: StepDone) -> Iterable[Drawn]:
     if not done.logprobs and not done.logits:
-        return map(Drawn, done.tokens)
+        return [Drawn(token) for token in done.tokens]
     logprobs = done.logprobs or [None] * len(done.tokens)
     logits = done.logits or [None] * len(done.tokens)
     return [Drawn(*entry) for entry in zip(done.tokens, logprobs, logits, strict=True)]

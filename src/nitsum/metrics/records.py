@@ -256,13 +256,13 @@ class Recorder:
             step.sent_s, step.predicted_s = sent.at_s, sent.predicted_s
             step.num_decode, step.prefill_tokens = sent.num_decode, sent.prefill_tokens
             step.context_tokens = sent.context_tokens
+        requests, at_s = self.requests, event.at_s
         for request_id, num_tokens in event.tokens:
-            step.num_tokens_out += num_tokens
-            record = self.requests.get(request_id)
+            record = requests.get(request_id)
             if record is not None:
-                times = record.token_times
                 for _ in range(num_tokens):
-                    times.append(event.at_s)
+                    record.token_times.append(at_s)
+        step.num_tokens_out = sum(num_tokens for _, num_tokens in event.tokens)
         self.steps.append(step)
 
     # -- switches --
