@@ -87,7 +87,7 @@ def compute_logits(
     """[m, hidden] -> [m, vocabulary] float32; a step that samples nothing gathers nothing."""
     if not x.shape[0]:
         return x.new_empty(0, geometry.shape.vocab_size, dtype=torch.float32)
-    logits = F.linear(x, weights.lm_head).float()
+    logits = F.linear(x, weights.lm_head)
     if comm.degree > 1:
         logits = comm.gather_vocab(logits)
-    return logits[:, : geometry.shape.vocab_size]
+    return logits[:, : geometry.shape.vocab_size].float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -23,7 +24,7 @@ from typing import TypeVar
 import torch
 import zmq
 
-from nitsum.errors import ConfigError, NitsumError
+from nitsum.errors import NitsumError
 from nitsum.messages import (
     Failed,
     FromWorker,
@@ -55,12 +56,16 @@ def run(spec: WorkerSpec, shared: Shared) -> None:
     _die_with_parent(spec)
     link = EngineLink(spec)
     try:
-        _work(spec, shared, link)
+        (_work if spec.device == "cpu" else _work_on_gpu)(spec, shared, link)
     except Exception as error:
         link.send(Failed(spec.rank, _last_words(error)))
         raise SystemExit(1) from None
     finally:
         link.close()
+        if spec.device == "cuda":
+            # Groups whose collectives are in graphs cannot be destroyed; the end of the process
+            # frees all they hold.
+            os._exit(1 if sys.exc_info()[0] else 0)
 
 
 class EngineLink:
@@ -77,6 +82,13 @@ class EngineLink:
     def receive(self) -> bytes:
         """The next message of the FIFO; sleeps until there is one."""
         return self._inbox.recv()
+
+    def receive_now(self) -> bytes | None:
+        """The next message of the FIFO if one is here."""
+        try:
+            return self._inbox.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
 
     def send(self, reply: FromWorker) -> None:
         self._replies.send(encode(reply))
@@ -97,10 +109,21 @@ def _work(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
             link.send(done)
 
 
+def _work_on_gpu(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
+    from nitsum.worker.cuda.symmetric import prepare_environment
+
+    prepare_environment()
+    from nitsum.worker.cuda.loop import obey_until_shutdown
+    from nitsum.worker.cuda.setup import start
+
+    runner, ready = start(spec, shared)
+    gc.freeze()
+    link.send(ready)
+    obey_until_shutdown(runner, link)
+
+
 def _start(spec: WorkerSpec, shared: Shared) -> tuple[Runner, Ready]:
     """Load, map and warm up, timing each."""
-    if spec.device != "cpu":
-        raise ConfigError(f"This worker computes on cpu, not on {spec.device}; use --device cpu.")
     torch.set_num_threads(spec.num_threads)
     geometry = Geometry(ModelShape.from_folder(Path(spec.model)), spec.max_tp, spec.min_tp)
     phases: dict[str, float] = {}

@@ -8,6 +8,7 @@ import torch
 
 from nitsum.kernels.language import tl, triton
 from nitsum.messages import RowPull
+from nitsum.worker.cuda.state import upload
 from nitsum.worker.cuda.symmetric import Shared
 
 _BLOCK = 1024
@@ -38,13 +39,13 @@ class RowPuller:
         if not pulls:
             return 0
         table = [[p.src_rank, p.src_slot, p.dst_slot, p.num_tokens] for p in pulls]
-        host = torch.tensor(table, dtype=torch.int32, pin_memory=True)
+        numbers = torch.tensor(table, dtype=torch.int32)
         longest = max(pull.num_tokens for pull in pulls)
         grid = (len(pulls), max(1, triton.cdiv(longest, _BLOCK)))
         _pull_rows[grid](
             self._addresses,
             self._own,
-            host.to(self._own.device, non_blocking=True),
+            upload(numbers, self._own.device),
             self._own.shape[1],
             BLOCK=_BLOCK,
         )

@@ -19,6 +19,7 @@ import torch
 
 from nitsum.errors import WorkerDied
 from nitsum.kernels.language import tl, triton
+from nitsum.worker.cuda.state import upload
 from nitsum.worker.cuda.symmetric import Shared
 
 POLLS_PER_S = 1_000_000
@@ -69,8 +70,7 @@ class Signals:
         others = flat_waits(after, self._rank)
         if not others:
             return
-        host = torch.tensor(others, dtype=torch.int32, pin_memory=True)
-        waits = host.to(self._own.device, non_blocking=True)
+        waits = upload(torch.tensor(others, dtype=torch.int32), self._own.device)
         max_polls = round(self._timeout_s * POLLS_PER_S)
         _wait_for_words[(len(others) // 2,)](
             self._addresses, waits, self.late, max_polls, num_warps=1

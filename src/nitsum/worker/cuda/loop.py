@@ -1,0 +1,51 @@
+"""The obeying loop of a GPU rank: take what has arrived, launch it, report what is done."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from typing import Protocol
+
+from nitsum.messages import FromWorker, Shutdown, to_worker_decoder
+from nitsum.worker.cuda.runner import CudaRunner
+
+POLL_S = 20e-6
+"""Pause between looks while the device works; a step takes a hundred times as long, and the next
+one is queued behind it."""
+
+_PR_SET_TIMERSLACK = 29
+
+
+class Link(Protocol):
+    """The worker's sockets."""
+
+    def receive(self) -> bytes: ...
+
+    def receive_now(self) -> bytes | None: ...
+
+    def send(self, reply: FromWorker) -> None: ...
+
+
+def obey_until_shutdown(runner: CudaRunner, link: Link) -> None:
+    """Sleeps only when there is nothing under way, or nothing new to see."""
+    _sharpen_timers()
+    while True:
+        raw = link.receive() if runner.is_idle else link.receive_now()
+        if raw is not None:
+            message = to_worker_decoder.decode(raw)
+            if isinstance(message, Shutdown):
+                return
+            runner.obey(message)
+        num_sent = 0
+        for reply in runner.finished():
+            link.send(reply)
+            num_sent += 1
+        if raw is None and not num_sent:
+            time.sleep(POLL_S)
+
+
+def _sharpen_timers() -> None:
+    """Linux rounds short sleeps up by 50 microseconds unless told not to."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)

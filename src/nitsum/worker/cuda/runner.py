@@ -1,0 +1,191 @@
+"""One GPU rank at work: launches what messages say, and reports what streams have done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nitsum.kernels.sampling_table import SamplingNeeds
+from nitsum.messages import Move, MoveDone, Step, StepDone, Work
+from nitsum.plan import Group
+from nitsum.shared import Progress
+from nitsum.worker.cuda.buckets import bucket_for, is_decode
+from nitsum.worker.cuda.lane import CudaLane
+from nitsum.worker.cuda.mover import CudaMover, Launched
+from nitsum.worker.cuda.ordering import units_of_step
+from nitsum.worker.cuda.packing import pack
+from nitsum.worker.cuda.sampling import (
+    DeviceSampler,
+    Draws,
+    Reports,
+    captured_needs,
+    read_logits,
+    read_logprobs,
+)
+from nitsum.worker.cuda.signals import Signals
+from nitsum.worker.cuda.state import DeviceState, to_host
+
+
+@dataclass(frozen=True)
+class StepUnderWay:
+    """What is needed to report a step once `end` has happened; tokens only on the leader."""
+
+    step_id: int
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+    tokens: torch.Tensor | None
+    reports: Reports | None
+
+
+@dataclass(frozen=True)
+class MoveUnderWay:
+    move_id: int
+    launched: Launched
+
+    @property
+    def end(self) -> torch.cuda.Event:
+        return self.launched.end
+
+
+class CudaRunner:
+    """A rank's lanes, state and mover. Every method returns without waiting for the device."""
+
+    def __init__(
+        self,
+        rank: int,
+        lanes: dict[Group, CudaLane],
+        state: DeviceState,
+        sampler: DeviceSampler,
+        mover: CudaMover,
+        signals: Signals,
+        progress: Progress,
+        units_per_page: dict[Group, int],
+    ) -> None:
+        self._rank = rank
+        self._lanes = lanes
+        self._state = state
+        self._sampler = sampler
+        self._mover = mover
+        self._signals = signals
+        self._progress = progress
+        self._units_per_page = units_per_page
+        self._num_obeyed = 0
+        self._steps: deque[StepUnderWay | MoveUnderWay] = deque()
+        """Of the main stream, in order."""
+        self._beside: list[MoveUnderWay] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way."""
+        return not self._steps and not self._beside
+
+    @torch.inference_mode()
+    def obey(self, message: Step | Move) -> None:
+        """Launch a message, and count it on the main stream."""
+        self._num_obeyed += 1
+        if isinstance(message, Step):
+            self._steps.append(self._step(message))
+        else:
+            self._move(message)
+        self._signals.write(self._num_obeyed)
+
+    def finished(self) -> Iterator[StepDone | MoveDone]:
+        """Replies to what is done by now. Raises `WorkerDied` if a wait on the device gave up."""
+        while self._steps and self._steps[0].end.query():
+            yield from self._report(self._steps.popleft())
+        for move in [move for move in self._beside if move.end.query()]:
+            self._beside.remove(move)
+            self._mover.precopies.done(move.end)
+            yield from self._report(move)
+
+    # -- steps --
+
+    def _step(self, step: Step) -> StepUnderWay:
+        lane = self._lanes[step.group]
+        self._wait_for_precopies(step, lane)
+        start = _record_event()
+        size = bucket_for(len(step.work), lane.sizes) if is_decode(step.work) else None
+        self._take_in(step, lane, size or len(step.work))
+        reports = self._compute(lane, step.work, size)
+        num_draws = sum(part.samples for part in step.work)
+        leads = lane.comm.is_leader
+        tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
+        return StepUnderWay(step.step_id, start, _record_event(), tokens, reports)
+
+    def _wait_for_precopies(self, step: Step, lane: CudaLane) -> None:
+        per_page = self._units_per_page[step.group]
+        units = units_of_step(step, lane.comm.member, per_page)
+        for event in self._mover.precopies.touching(units):
+            torch.cuda.current_stream().wait_event(event)
+
+    def _take_in(self, step: Step, lane: CudaLane, width: int) -> None:
+        for join in step.joins:
+            self._sampler.join(join)
+        self._state.take_in(pack(step, lane.comm.member, width, self._state.max_pages))
+
+    def _compute(self, lane: CudaLane, work: list[Work], size: int | None) -> Reports | None:
+        """Forward and draw; what requests asked to hear, on the leader."""
+        logits, draws = lane.mixed(work) if size is None else lane.decode(size, work)
+        needs = self._sampler.needs(work)
+        reports = lane.comm.is_leader and self._sampler.reports_anything(work)
+        raw = logits.clone() if reports and needs.shapes_logits else logits
+        captured = captured_needs(needs)
+        if size is not None and captured is not None:
+            lane.draw_captured(size, captured)
+        elif logits.shape[0]:
+            self._draw(lane, logits, draws, needs, work)
+        return self._sampler.reports(work, raw) if reports else None
+
+    def _draw(
+        self,
+        lane: CudaLane,
+        logits: torch.Tensor,
+        draws: Draws,
+        needs: SamplingNeeds,
+        work: list[Work],
+    ) -> None:
+        longest = max(part.start + part.num_tokens for part in work)
+        self._sampler.draw(logits, draws, needs, lane.comm, longest)
+
+    # -- moves --
+
+    def _move(self, move: Move) -> None:
+        launched = self._mover.launch(move)
+        under_way = MoveUnderWay(move.move_id, launched)
+        (self._beside if launched.beside else self._steps).append(under_way)
+
+    # -- reports --
+
+    def _report(self, done: StepUnderWay | MoveUnderWay) -> Iterator[StepDone | MoveDone]:
+        self._progress.advance(self._rank)
+        if isinstance(done, MoveUnderWay):
+            launched = done.launched
+            self._signals.check(int(launched.late))
+            seconds = launched.start.elapsed_time(launched.end) / 1e3
+            yield MoveDone(done.move_id, self._rank, seconds, launched.num_bytes)
+        elif done.tokens is not None:
+            yield _step_done(done, done.tokens, self._rank)
+
+
+def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
+    seconds = done.start.elapsed_time(done.end) / 1e3
+    num_draws = len(tokens)
+    if done.reports is None:
+        return StepDone(done.step_id, rank, tokens.tolist(), seconds)
+    return StepDone(
+        done.step_id,
+        rank,
+        tokens.tolist(),
+        seconds,
+        read_logprobs(done.reports, num_draws),
+        read_logits(done.reports, num_draws),
+    )
+
+
+def _record_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
