@@ -18,6 +18,7 @@ from nitsum.events import (
     GenerationStarted,
     PlanDecided,
     PlanJudged,
+    Preempted,
     Promoted,
     Refused,
     Resumed,
@@ -219,7 +220,15 @@ class Recorder:
         record.finished_s = event.at_s
 
     def _request_goes_on(
-        self, event: Routed | Started | Downgraded | Displaced | Resumed | Promoted | Finished
+        self,
+        event: Routed
+        | Started
+        | Downgraded
+        | Displaced
+        | Preempted
+        | Resumed
+        | Promoted
+        | Finished,
     ) -> None:
         record = self.requests.get(event.request_id)
         if record is None:
