@@ -54,6 +54,10 @@ class EngineConfig:
     """A step or a move that takes longer ends the worker generation."""
     precopy_units: int = 256
     """Units one pre-copy message may pull, so that steps in between are not held up for long."""
+    controller: Literal["static", "adaptive"] = "static"
+    """adaptive: the engine changes plans by itself when that pays; static: only when told to."""
+    cost_path: str = ""
+    """Measured step times (`nitsum profile`); empty starts from the analytic model."""
     check_accounting: bool = False
     """Run `check()` after every step (tests, verification)."""
     events_path: str = ""

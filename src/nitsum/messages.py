@@ -23,6 +23,7 @@ from typing import Literal
 
 import msgspec
 
+from nitsum.events import PlanDecided, PlanJudged
 from nitsum.plan import Group
 from nitsum.request import FinishReason, Request, SamplingParams
 
@@ -96,6 +97,8 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
 
 class GetStatus(msgspec.Struct, tag=True, frozen=True):
     op_id: str
+    num_decisions: int = 0
+    """With the status, the controller's last decisions."""
 
 
 ToEngine = Submit | Abort | SwitchPlan | Drain | GetStatus
@@ -215,6 +218,13 @@ class Tally(msgspec.Struct, frozen=True):
     """The oldest first."""
 
 
+class Decision(msgspec.Struct, frozen=True):
+    """What the controller decided or judged, and the same in words."""
+
+    event: PlanDecided | PlanJudged
+    words: str
+
+
 class Status(msgspec.Struct, tag=True, frozen=True):
     """A snapshot for health checks, metrics and dashboards."""
 
@@ -233,6 +243,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     now_s: float = 0.0
     """The engine's clock; times in `tally` are read against it."""
     tally: Tally | None = None
+    decisions: list[Decision] = []
+    """The newest last; as many as were asked for."""
 
 
 FromEngine = Output | SwitchReport | Status

@@ -34,7 +34,6 @@ from nitsum.events import (
     Refused,
     Started,
     StepEnded,
-    StepSent,
     SwitchEnded,
     TierObserved,
 )
@@ -72,6 +71,11 @@ class View(Protocol):
         ...
 
     def held(self) -> list[Held]: ...
+
+    @property
+    def factors(self) -> dict[int, float]:
+        """Realised over predicted step times by degree, as the engine has learnt them."""
+        ...
 
     @property
     def token_bytes(self) -> int:
@@ -168,18 +172,13 @@ class Controller:
         self._agreed: tuple[str, int] = ("", 0)
         self._open: list[PlanDecided] = []
         """Decisions not judged yet, all for the same plan."""
-        self._predicted: dict[int, tuple[int, float]] = {}
 
     # -- learning --
 
     def emit(self, event: AnyEvent) -> None:
         match event:
-            case StepSent():
-                if event.predicted_s:
-                    self._predicted[event.step_id] = (event.group.degree, event.predicted_s)
             case StepEnded():
                 self.outcomes.stepped(event)
-                self._correct(event)
             case Arrived():
                 self.arrivals.arrived(event)
                 self.outcomes.arrived(event)
@@ -192,17 +191,6 @@ class Controller:
                 self._switch_ended(event)
             case _:
                 pass
-
-    def _correct(self, event: StepEnded) -> None:
-        """A running factor of realised over predicted times, for each degree."""
-        known = self._predicted.pop(event.step_id, None)
-        if known is None or event.seconds <= 0.0:
-            return
-        degree, predicted_s = known
-        factors = self.scorer.steps.factors
-        ratio = min(4.0, max(0.25, event.seconds / predicted_s))
-        factor = factors.get(degree, 1.0)
-        factors[degree] = factor + 0.02 * (ratio - factor)
 
     def _switch_ended(self, event: SwitchEnded) -> None:
         self._ended_s = event.at_s
@@ -231,6 +219,7 @@ class Controller:
         if not load:
             return
         current = view.plan.name
+        self.scorer.steps.factors = dict(view.factors)
         look = Look(
             at_s=now,
             trigger=trigger,

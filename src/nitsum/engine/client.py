@@ -65,8 +65,11 @@ class EngineClient(Protocol):
         """Accept no more; finish what is here."""
         ...
 
-    async def status(self) -> Status:
-        """A snapshot. Raises `ApiError` (503) when the engine does not answer."""
+    async def status(self, num_decisions: int = 0) -> Status:
+        """A snapshot, with the controller's last decisions if asked for.
+
+        Raises `ApiError` (503) when the engine does not answer.
+        """
         ...
 
     def on_switch(self, listener: SwitchListener) -> None:
@@ -166,9 +169,10 @@ class ZmqEngineClient:
     async def drain(self) -> None:
         self._post(Drain())
 
-    async def status(self) -> Status:
+    async def status(self, num_decisions: int = 0) -> Status:
         op_id = uuid.uuid4().hex
-        return await self._ask(self._statuses, op_id, GetStatus(op_id), self._status_timeout_s)
+        message = GetStatus(op_id, num_decisions)
+        return await self._ask(self._statuses, op_id, message, self._status_timeout_s)
 
     def on_switch(self, listener: SwitchListener) -> None:
         self._listeners.append(listener)

@@ -142,7 +142,7 @@ class FakeEngineClient:
     async def drain(self) -> None:
         self._draining = True
 
-    async def status(self) -> Status:
+    async def status(self, num_decisions: int = 0) -> Status:
         if self._dead.is_set():
             raise engine_gone()
         running = len(self._running)

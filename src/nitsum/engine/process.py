@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 import zmq
 from msgspec.structs import replace as replace_fields
@@ -21,6 +22,7 @@ from nitsum.engine.core import Core, max_request_tokens
 from nitsum.engine.ipc import ServerLink
 from nitsum.engine.launch import max_model_len, num_host_units
 from nitsum.engine.process_executor import ProcessExecutor
+from nitsum.engine.steering import checked_table, controller_of, decisions_of
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
 from nitsum.events import FileSink, NullSink
@@ -101,6 +103,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
     def on_progress(sentence: str) -> None:
         _tell(parent, EngineProgress(sentence))
 
+    cost = first_guess(config, shape)
     executor = ProcessExecutor(config, shape, on_progress=on_progress)
     sink = FileSink(config.events_path) if config.events_path else NullSink()
     tally = Tally(sink, config.num_ranks, plan_memory_bytes(config, shape))
@@ -108,8 +111,10 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         workers = executor.start()
         tally.started(workers)
         arena = arena_of(config, shape, workers)
-        cost = first_guess(config, shape)
-        core = Core(config, arena, executor, MonotonicClock(), tally, cost=cost)
+        controller = controller_of(config, arena, cost)
+        core = Core(
+            config, arena, executor, MonotonicClock(), tally, controller=controller, cost=cost
+        )
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
         try:
@@ -140,7 +145,12 @@ def arena_of(config: EngineConfig, shape: ModelShape, workers: list[Ready]) -> A
 
 
 def first_guess(config: EngineConfig, shape: ModelShape) -> CostModel:
-    """Step times before any step was seen; the engine corrects them from then on."""
+    """Step times before any step was seen; the engine corrects them from then on.
+
+    Raises `ConfigError` for a table that cannot be read or lacks a degree.
+    """
+    if config.cost_path:
+        return checked_table(Path(config.cost_path), config.plans.degrees)
     gpu = "CPU" if config.device == "cpu" else "H100"
     return AnalyticCost(
         shape,
@@ -175,10 +185,14 @@ def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> No
             core.switch(op_id, plan)
         case Drain():
             core.drain()
-        case GetStatus(op_id):
+        case GetStatus(op_id, num_decisions):
             now_s = core.clock.now()
-            status = core.status(op_id)
-            link.send(replace_fields(status, now_s=now_s, tally=tally.report(now_s)))
+            extra = {
+                "now_s": now_s,
+                "tally": tally.report(now_s),
+                "decisions": decisions_of(core.controller, num_decisions),
+            }
+            link.send(replace_fields(core.status(op_id), **extra))
 
 
 def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection) -> bool:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nitsum.control.controller import Held
+from nitsum.config import EngineConfig
+from nitsum.control.controller import Controller, Held, Rules
+from nitsum.control.decisions import words
+from nitsum.control.score import Limits, Scorer
+from nitsum.control.steps import StepTimes
+from nitsum.cost.protocol import CostModel
+from nitsum.cost.table import TableCost
 from nitsum.events import AnyEvent, EventSink
-from nitsum.plan import Plan
+from nitsum.kv.cache import ArenaShape
+from nitsum.messages import Decision
+from nitsum.plan import Group, Lane, Plan
+from nitsum.step import BatchShape
+from nitsum.tier import TierSet
 
 if TYPE_CHECKING:
     from nitsum.engine.core import Core
@@ -38,6 +49,10 @@ class Steering:
             if sequence.first_scheduled_s is None:
                 yield sequence.tier, sequence.request.arrival_s
 
+    @property
+    def factors(self) -> dict[int, float]:
+        return self._core.cost.factors
+
     def held(self) -> list[Held]:
         generation = self._core.generation
         lanes = [(group, generation.sequences_on(group)) for group in generation.loops]
@@ -53,6 +68,37 @@ class Steering:
 
     def go_to(self, op_id: str, plan: str, reason: str) -> None:
         self._core.switch(op_id, plan, reason)
+
+
+def controller_of(
+    config: EngineConfig, arena: ArenaShape, cost: CostModel, rules: Rules | None = None
+) -> Controller | None:
+    """A controller over the resident plans; None when there is nothing to choose, or it is off."""
+    if config.controller == "static" or len(config.plans.plans) < 2:
+        return None
+
+    def kv_tokens(degree: int) -> float:
+        pages = arena.num_units // arena.page_units(Group(degree, 0))
+        return float(pages * arena.block_tokens)
+
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, kv_tokens)
+    scorer = Scorer(StepTimes(cost, config.plans.degrees), limits)
+    return Controller(config.plans, TierSet(config.tiers), scorer, cost, rules)
+
+
+def checked_table(path: Path, degrees: Iterable[int]) -> CostModel:
+    """A measured table that knows every degree; raises `ConfigError` when it does not."""
+    cost = TableCost.load(path)
+    for degree in degrees:
+        cost.step_time(Lane(Group(degree, 0)), BatchShape(1, 1, 0, 0, 1))
+    return cost
+
+
+def decisions_of(controller: Controller | None, num: int) -> list[Decision]:
+    """The last `num` decisions and judgements, the newest last."""
+    if controller is None or num < 1:
+        return []
+    return [Decision(event, words(event)) for event in list(controller.recent)[-num:]]
 
 
 class BothSinks:

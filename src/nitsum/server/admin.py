@@ -14,6 +14,8 @@ from nitsum.server.respond import json_response
 from nitsum.server.schema import SwitchBody, parse_body
 from nitsum.server.service import read_body, service_of
 
+MAX_DECISIONS = 256
+
 
 async def plans(http: HttpRequest) -> Response:
     """The plans that are resident, the one served, and its lanes."""
@@ -67,6 +69,19 @@ def _report(report: SwitchReport) -> Response:
     fields: dict[str, object] = msgspec.to_builtins(report)
     fields.pop("type", None)
     return json_response({"op_id": report.op_id, "ok": True, **fields})
+
+
+async def decisions(http: HttpRequest) -> Response:
+    """What the controller decided lately, and why, the newest first; `?limit=` bounds how many."""
+    given = http.query_params.get("limit", "20")
+    if not given.isdecimal() or not 1 <= int(given) <= MAX_DECISIONS:
+        raise bad_request(f"limit is a number from 1 to {MAX_DECISIONS}.", "limit")
+    status = await service_of(http).engine.status(int(given))
+    found = [
+        {**msgspec.to_builtins(decision.event), "words": decision.words}
+        for decision in reversed(status.decisions)
+    ]
+    return json_response({"plan": status.plan, "decisions": found})
 
 
 async def drain(http: HttpRequest) -> Response:
