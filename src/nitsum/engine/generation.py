@@ -105,9 +105,8 @@ class Generation:
         Raises the `ApiError` the client should see if it cannot come in.
         """
         tier = self.tiers[sequence.tier]
-        level = self.setting.level(sequence)
-        queues = [loop.scheduler.waiting[level] for loop in self.loops.values()]
-        check_queue(tier, queues, len(sequence.tokens))
+        waiting = self.setting.accounts_of(self.setting.level(sequence))
+        check_queue(tier, waiting, len(sequence.tokens))
         route = self.admission.route(sequence, self.switcher.plan)
         if not route.promised and self.setting.rules.admits and tier.over_capacity != "queue":
             route = self._over_capacity(sequence, tier, route)
@@ -145,8 +144,8 @@ class Generation:
         tier = self.tiers[sequence.tier]
         sequence.promised = route.promised
         if self.setting.rules.slack:
-            work = self.admission.work_on(sequence, route.lane)
-            set_targets(sequence, tier, work, self.memory.chains.deadline_s(sequence.request))
+            deadline_s = self.memory.chains.deadline_s(sequence.request)
+            set_targets(sequence, tier, route.work, deadline_s)
         self.admission.add(sequence, route)
         self.loops[route.lane.group].scheduler.add(sequence)
         self.emit(

@@ -9,16 +9,15 @@ route               a lane that can promise it, with the least work before it; a
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
 from typing import NamedTuple
 
 from nitsum.errors import ApiError
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
 from nitsum.sched.estimate import Work
+from nitsum.sched.fairness import Accounts
 from nitsum.sched.load import LoadBook
 from nitsum.sched.promise import Promises
-from nitsum.sched.queue import TierQueue
 from nitsum.sched.setting import Setting
 from nitsum.tier import Tier
 
@@ -33,16 +32,37 @@ class Route(NamedTuple):
     promised: bool
 
 
+class _Asking(NamedTuple):
+    """What the decision needs to know of a request, worked out once."""
+
+    sequence: Sequence
+    tier: Tier
+    level: int
+    num_prompt: int
+    answer_tokens: float
+    """Expected."""
+    slack_s: float
+    """Time until its first token is due, or for deadline tiers until all of it is."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions it is expected to hold in the end."""
+        return self.num_prompt + int(self.answer_tokens)
+
+
 class _Offer(NamedTuple):
-    """One lane as seen by one request; compares by promise, work before it, then prefix."""
+    """One lane as seen by one request."""
 
     lane: Lane
     work: Work
     num_hits: int
-    done_s: float
-    """Until it would have computed the prompt."""
-    all_s: float
-    """Until all work up to its level, its own included, would be done."""
+    before_s: float
+    """Work of its level and those above that the lane's ranks have to do first."""
+
+    @property
+    def done_s(self) -> float:
+        """Until all work up to its level, its own included, would be done."""
+        return self.before_s + self.work.total_s
 
 
 class Admission:
@@ -52,6 +72,7 @@ class Admission:
         self.setting = setting
         self.book = LoadBook(num_ranks, setting.num_levels)
         self.promises: dict[Group, Promises] = {}
+        self._serving: dict[tuple[Plan, str], list[Lane]] = {}
 
     # -- lanes --
 
@@ -78,48 +99,34 @@ class Admission:
 
     def route(self, sequence: Sequence, plan: Plan) -> Route:
         """The best lane for a request in the tier it is served as."""
-        tier = self.setting.tiers[sequence.tier]
-        offers = [self._offer(sequence, lane) for lane in self._lanes(plan, tier.name)]
+        asking = self._ask(sequence)
+        offers = [self._offer(asking, lane) for lane in self._lanes(plan, sequence.tier)]
+        offers.sort(key=_preference)
         if self.setting.rules.admits:
-            promising = [offer for offer in offers if self._can(sequence, tier, offer)]
-            if promising:
-                return self._accept(min(promising, key=_preference), True)
-        return self._accept(min(offers, key=_preference), False)
+            for offer in offers:
+                if self._can(asking, offer):
+                    return Route(offer.lane, offer.work, True)
+        return Route(offers[0].lane, offers[0].work, False)
 
     def is_overloaded(self, sequence: Sequence, plan: Plan) -> bool:
         """Whether load is what keeps lanes from promising it: idle, one of them could."""
-        tier = self.setting.tiers[sequence.tier]
-        for lane in self._lanes(plan, tier.name):
-            offer = self._offer(sequence, lane)
-            if tier.deadline_s is not None:
-                if offer.work.prefill_s + offer.work.latency_s <= tier.deadline_s:
-                    return True
-            elif self.promises[lane.group].could(
-                tier, len(sequence.tokens), self._positions(sequence), self._slack_s(sequence, tier)
-            ):
-                return True
-        return False
+        asking = self._ask(sequence)
+        return any(self._could(asking, lane) for lane in self._lanes(plan, sequence.tier))
 
     def add(self, sequence: Sequence, route: Route) -> None:
         """The request stands in the lane's books from now on."""
-        level = self.setting.level(sequence)
-        self.book.add(sequence, route.lane, level, route.work)
-        tier = self.setting.tiers[sequence.tier]
-        if route.promised and tier.deadline_s is None:
-            self.promises[route.lane.group].add(
-                sequence,
-                tier,
-                len(sequence.tokens),
-                self._positions(sequence),
-                self._slack_s(sequence, tier),
+        lane = route.lane
+        self.book.add(sequence, lane, self.setting.level(sequence), route.work)
+        if route.promised and self.setting.tiers[sequence.tier].deadline_s is None:
+            asking = self._ask(sequence)
+            self.promises[lane.group].add(
+                sequence, asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s
             )
 
-    def work_on(self, sequence: Sequence, lane: Lane, num_hits: int = 0) -> Work:
+    def work_on(self, sequence: Sequence, lane: Lane) -> Work:
         """What is left of it, priced for a lane."""
-        estimator = self.setting.estimator
-        answer = estimator.answer_tokens(sequence.tier, sequence.request.sampling.max_tokens)
-        num_new = len(sequence.tokens) - num_hits * self.setting.kv.arena.block_tokens
-        return estimator.work(lane, max(1, num_new), answer)
+        asking = self._ask(sequence)
+        return self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
 
     def prefilled(self, sequence: Sequence) -> None:
         """Its prompt has been sent."""
@@ -137,10 +144,9 @@ class Admission:
 
     def retry_after_s(self, sequence: Sequence, plan: Plan) -> float:
         """When enough of the work before a deadline request will be done; at least a second."""
-        tier = self.setting.tiers[sequence.tier]
-        offers = [self._offer(sequence, lane) for lane in self._lanes(plan, tier.name)]
-        over_s = min(offer.all_s for offer in offers) - self._slack_s(sequence, tier)
-        return max(1.0, over_s)
+        asking = self._ask(sequence)
+        offers = [self._offer(asking, lane) for lane in self._lanes(plan, sequence.tier)]
+        return max(1.0, min(offer.done_s for offer in offers) - asking.slack_s)
 
     def forget_prices(self) -> None:
         """The cost model has learned."""
@@ -150,54 +156,58 @@ class Admission:
     # -- inside --
 
     def _lanes(self, plan: Plan, tier: str) -> list[Lane]:
-        lanes = [lane for lane in plan.lanes if lane.role != "decode"]
-        return [lane for lane in lanes if lane.serves(tier)] or lanes
+        lanes = self._serving.get((plan, tier))
+        if lanes is None:
+            taking = [lane for lane in plan.lanes if lane.role != "decode"]
+            lanes = [lane for lane in taking if lane.serves(tier)] or taking
+            self._serving[plan, tier] = lanes
+        return lanes
 
-    def _offer(self, sequence: Sequence, lane: Lane) -> _Offer:
-        setting = self.setting
-        hits = setting.kv.prefixes.match(lane.group, sequence.hashes)
-        work = self.work_on(sequence, lane, hits)
-        before_s = self.book.backlog_s(lane, setting.level(sequence))
-        done_s = before_s + work.prefill_s
-        return _Offer(lane, work, hits, done_s, before_s + work.total_s)
-
-    def _can(self, sequence: Sequence, tier: Tier, offer: _Offer) -> bool:
-        slack_s = self._slack_s(sequence, tier)
-        if tier.deadline_s is not None:
-            return offer.all_s <= slack_s and offer.work.prefill_s + offer.work.latency_s <= slack_s
-        return self.promises[offer.lane.group].can(
-            tier, len(sequence.tokens), self._positions(sequence), slack_s
-        )
-
-    def _slack_s(self, sequence: Sequence, tier: Tier) -> float:
-        """Time until its first token is due, or until all of it is."""
-        late_s = max(0.0, self.setting.now() - sequence.request.arrival_s)
+    def _ask(self, sequence: Sequence) -> _Asking:
+        setting, request = self.setting, sequence.request
+        tier = setting.tiers[sequence.tier]
         target_s = tier.ttft_s if tier.deadline_s is None else tier.deadline_s
         assert target_s is not None
-        return target_s - late_s
-
-    def _positions(self, sequence: Sequence) -> int:
-        """Positions it is expected to hold in the end."""
-        answer = self.setting.estimator.answer_tokens(
-            sequence.tier, sequence.request.sampling.max_tokens
+        return _Asking(
+            sequence,
+            tier,
+            setting.levels[sequence.tier],
+            len(sequence.tokens),
+            setting.estimator.answer_tokens(sequence.tier, request.sampling.max_tokens),
+            target_s - max(0.0, setting.clock.now() - request.arrival_s),
         )
-        return len(sequence.tokens) + int(answer)
 
-    def _accept(self, offer: _Offer, promised: bool) -> Route:
-        return Route(offer.lane, offer.work, promised)
+    def _offer(self, asking: _Asking, lane: Lane) -> _Offer:
+        setting = self.setting
+        hits = setting.kv.prefixes.match(lane.group, asking.sequence.hashes)
+        num_new = max(1, asking.num_prompt - hits * setting.kv.arena.block_tokens)
+        work = setting.estimator.work(lane, num_new, asking.answer_tokens)
+        return _Offer(lane, work, hits, self.book.backlog_s(lane.group, asking.level))
+
+    def _can(self, asking: _Asking, offer: _Offer) -> bool:
+        if asking.tier.deadline_s is not None:
+            alone_s = offer.work.prefill_s + offer.work.latency_s
+            return max(offer.done_s, alone_s) <= asking.slack_s
+        promises = self.promises[offer.lane.group]
+        return promises.can(asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s)
+
+    def _could(self, asking: _Asking, lane: Lane) -> bool:
+        if asking.tier.deadline_s is not None:
+            work = self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
+            return work.prefill_s + work.latency_s <= asking.slack_s
+        promises = self.promises[lane.group]
+        return promises.could(asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s)
 
 
 def _preference(offer: _Offer) -> tuple[float, int]:
     """Soonest done; equal lanes differ by what their prefix caches hold."""
-    return (offer.done_s, -offer.num_hits)
+    return (offer.before_s + offer.work.prefill_s, -offer.num_hits)
 
 
-def check_queue(tier: Tier, queues: List[TierQueue], num_prompt: int) -> None:
+def check_queue(tier: Tier, waiting: Accounts, num_prompt: int) -> None:
     """Raise the 429 that says a tier's queue is full; work that ran before is not counted."""
-    num_requests = sum(len(queue) for queue in queues)
-    num_tokens = sum(queue.num_tokens for queue in queues)
-    too_many = num_requests >= tier.max_queue_requests
-    if not too_many and num_tokens + num_prompt <= tier.max_queue_tokens:
+    too_many = waiting.num_waiting >= tier.max_queue_requests
+    if not too_many and waiting.num_waiting_tokens + num_prompt <= tier.max_queue_tokens:
         return
     bound = f"{tier.max_queue_requests} requests" if too_many else f"{tier.max_queue_tokens} tokens"
     raise ApiError(

@@ -38,6 +38,9 @@ class Accounts:
         self._accounts: dict[str, Account] = {}
         self._waiting: list[tuple[float, int, Account]] = []
         """Heap of tenants with waiting requests; keys may be too small, never too large."""
+        self.num_waiting = 0
+        self.num_waiting_tokens = 0
+        """What waits in this tier, over all tenants and lanes."""
         self._last_served = 0.0
         self._ids = count()
 
@@ -47,16 +50,27 @@ class Accounts:
             account = self._accounts[tenant] = Account(tenant)
         return account
 
-    def enter(self, account: Account) -> None:
+    def forget_waiting(self) -> None:
+        """All queues are gone; what was served is not."""
+        for account in self._accounts.values():
+            account.num_waiting = 0
+        self._waiting.clear()
+        self.num_waiting = self.num_waiting_tokens = 0
+
+    def enter(self, account: Account, num_tokens: int) -> None:
         """One more request of the tenant waits."""
+        self.num_waiting += 1
+        self.num_waiting_tokens += num_tokens
         if not account.num_waiting:
             least = self._least()
             account.served = max(account.served, self._last_served if least is None else least)
             heappush(self._waiting, (account.served, next(self._ids), account))
         account.num_waiting += 1
 
-    def leave(self, account: Account) -> None:
+    def leave(self, account: Account, num_tokens: int) -> None:
         """One of them waits no longer."""
+        self.num_waiting -= 1
+        self.num_waiting_tokens -= num_tokens
         account.num_waiting -= 1
         if not account.num_waiting:
             self._last_served = account.served

@@ -43,10 +43,8 @@ class LaneScheduler:
         self.setting = setting
         self.kv, self.limits, self.rules = setting.kv, setting.limits, setting.rules
         self.levels = range(setting.num_levels)
-        tiers = setting.tiers.ordered
         self.waiting = [
-            TierQueue(setting.accounts[tiers[level].name], fair=self.rules.fair)
-            for level in self.levels
+            TierQueue(setting.accounts_of(level), fair=self.rules.fair) for level in self.levels
         ]
         self.returning = [ReturnQueue() for _ in self.levels]
         self.running: list[dict[Sequence, None]] = [{} for _ in self.levels]

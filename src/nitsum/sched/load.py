@@ -12,7 +12,7 @@ from nitsum.sched.estimate import Work
 
 @dataclass
 class _Entry:
-    lane: Lane
+    group: Group
     level: int
     num_tokens: int
     prefill_s: float
@@ -30,6 +30,7 @@ class LoadBook:
         self.num_levels = num_levels
         self._up_to = [[0.0] * num_levels for _ in range(num_ranks)]
         """[rank][level]: work of that level and all before it."""
+        self._sums_of: dict[Group, list[list[float]]] = {}
         self._tokens: dict[Group, int] = defaultdict(int)
         self._entries: dict[Sequence, _Entry] = {}
 
@@ -37,7 +38,7 @@ class LoadBook:
         self.remove(sequence)
         num_tokens = len(sequence.tokens)
         prefill_s = work.prefill_s if sequence.num_dispatched < num_tokens else 0.0
-        entry = _Entry(lane, level, num_tokens, prefill_s, work.answer_s)
+        entry = _Entry(lane.group, level, num_tokens, prefill_s, work.answer_s)
         self._entries[sequence] = entry
         self._tokens[lane.group] += num_tokens
         self._shift(entry, prefill_s + work.answer_s)
@@ -52,22 +53,30 @@ class LoadBook:
     def remove(self, sequence: Sequence) -> None:
         entry = self._entries.pop(sequence, None)
         if entry is not None:
-            self._tokens[entry.lane.group] -= entry.num_tokens
+            self._tokens[entry.group] -= entry.num_tokens
             self._shift(entry, -entry.prefill_s - entry.answer_s)
 
-    def backlog_s(self, lane: Lane, level: int) -> float:
-        """Work at the level and before it, on the lane's busiest rank."""
-        up_to = self._up_to
-        return max([up_to[rank][level] for rank in lane.group.ranks])
+    def backlog_s(self, group: Group, level: int) -> float:
+        """Work at the level and before it, on the group's busiest rank."""
+        sums = self._sums(group)
+        if len(sums) == 1:
+            return sums[0][level]
+        return max([up_to[level] for up_to in sums])
 
     def num_tokens(self, group: Group) -> int:
         """Positions of the lane's requests when they were queued."""
         return self._tokens[group]
 
+    def _sums(self, group: Group) -> list[list[float]]:
+        sums = self._sums_of.get(group)
+        if sums is None:
+            sums = self._sums_of[group] = [self._up_to[rank] for rank in group.ranks]
+        return sums
+
     def _shift(self, entry: _Entry, seconds: float) -> None:
-        for rank in entry.lane.group.ranks:
-            sums = self._up_to[rank]
+        for sums in self._sums(entry.group):
             for level in range(entry.level, self.num_levels):
                 sums[level] += seconds
         if not self._entries:
-            self._up_to = [[0.0] * self.num_levels for _ in self._up_to]  # no rounding stays
+            for sums in self._up_to:
+                sums[:] = [0.0] * self.num_levels  # no rounding errors stay

@@ -114,14 +114,16 @@ class Promises:
         if not self._can_decode(tier, level, num_tokens):
             return False
         seconds = self.through_s(num_prompt)
-        ahead_s = sum(entry.backlog_s for entry in self._levels[: level + 1])
-        if ahead_s + seconds > slack_s:
+        if self._ahead_s(level) + seconds > slack_s:
             return False
         return all(entry.slack_s() >= seconds for entry in self._levels[level + 1 :])
 
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
         """Whether it could if it had promised nothing: if not, load is not what is in the way."""
-        return self._decode_fits(tier, 1, num_tokens, 1.0) and self.through_s(num_prompt) <= slack_s
+        return (
+            self._decode_fits(tier, 1, num_tokens, 1.0)
+            and self._under_way_s() + self.through_s(num_prompt) <= slack_s
+        )
 
     def add(
         self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float
@@ -129,8 +131,8 @@ class Promises:
         """Promise it; `can` was asked."""
         level = self.tiers.index(tier)
         seconds = self.through_s(num_prompt)
-        ahead_s = sum(entry.backlog_s for entry in self._levels[: level + 1])
-        self._levels[level].add(sequence, seconds, slack_s - ahead_s - seconds)
+        slack_s -= self._ahead_s(level) + seconds
+        self._levels[level].add(sequence, seconds, slack_s)
         for entry in self._levels[level + 1 :]:
             entry.taken_s += seconds
         self._held[sequence] = num_tokens
@@ -163,6 +165,14 @@ class Promises:
         return ceil(num_prompt / chunk) * self.period_s
 
     # -- inside --
+
+    def _ahead_s(self, level: int) -> float:
+        """Until promised prompts of the level and those above it are through."""
+        return self._under_way_s() + sum(entry.backlog_s for entry in self._levels[: level + 1])
+
+    def _under_way_s(self) -> float:
+        """The step that runs when a request arrives."""
+        return 0.0 if self.period_s == inf else self.period_s
 
     def _can_decode(self, tier: Tier, level: int, num_tokens: int) -> bool:
         part = 1.0 if level == 0 else 1.0 - HEADROOM

@@ -37,7 +37,6 @@ class TierQueue:
         self.accounts = accounts
         self.fair = fair
         """Otherwise all tenants stand in one line."""
-        self.num_tokens = 0
         self._tickets: dict[Sequence, int] = {}
         self._lines: dict[str, _Line] = {}
         self._ready: list[tuple[float, int, _Line]] = []
@@ -56,9 +55,8 @@ class TierQueue:
 
     def add(self, sequence: Sequence) -> None:
         line = self._line_of(sequence)
-        self.accounts.enter(line.account)
+        self.accounts.enter(line.account, sequence.num_prompt)
         ticket = self._tickets[sequence] = next(self._ids)
-        self.num_tokens += len(sequence.tokens)
         heappush(line.ready, (sequence.request.order, sequence.latest_start_s, ticket, sequence))
         self._list_ready(line)
 
@@ -66,9 +64,8 @@ class TierQueue:
         """False if it is not here. Its heap entry stays until it comes up."""
         if self._tickets.pop(sequence, None) is None:
             return False
-        self.num_tokens -= len(sequence.tokens)
         line = self._line_of(sequence)
-        self.accounts.leave(line.account)
+        self.accounts.leave(line.account, sequence.num_prompt)
         return True
 
     def head(self, now: float) -> Sequence | None:

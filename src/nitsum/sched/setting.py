@@ -34,7 +34,7 @@ class Setting:
         levels = {name: index if self.rules.tiers else 0 for index, name in enumerate(names)}
         object.__setattr__(self, "levels", levels)
         for name in names:
-            self.accounts.setdefault(name, Accounts())
+            self.accounts.setdefault(name, Accounts()).forget_waiting()
 
     def now(self) -> float:
         return self.clock.now()
@@ -45,6 +45,9 @@ class Setting:
 
     def level(self, sequence: Sequence) -> int:
         return self.levels[sequence.tier]
+
+    def accounts_of(self, level: int) -> Accounts:
+        return self.accounts[self.tiers.ordered[level].name]
 
     def shares(self) -> tuple[float, ...]:
         """Guaranteed share of each level."""

@@ -1,0 +1,142 @@
+"""Promises hold: whatever was promised is in time on a lane that keeps to the cost model."""
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nitsum.cost.protocol import FixedCost
+from nitsum.plan import Group, Lane
+from nitsum.request import Sequence
+from nitsum.sched.limits import LaneLimits
+from nitsum.sched.promise import Promises
+from nitsum.step import BatchShape
+from nitsum.tier import DEFAULT_TIERS, Tier
+from tests.unit.sched.kit import make_sequence
+
+LANE = Lane(Group(1, 0))
+PRIORITY, DEFAULT = DEFAULT_TIERS[:2]
+COST = FixedCost(0.005, 1e-4)
+
+
+def make_promises(max_num_seqs: int = 64, capacity_tokens: int = 100_000) -> Promises:
+    limits = LaneLimits(max_num_seqs, 512)
+    return Promises(LANE, DEFAULT_TIERS, COST, limits, capacity_tokens)
+
+
+@dataclass
+class Job:
+    sequence: Sequence
+    tier: Tier
+    due_s: float
+    periods_left: int
+    answer_left: int
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # periods since the one before
+        st.floats(0.0, 0.99),  # part of a period it arrives before the next begins
+        st.sampled_from([PRIORITY, DEFAULT]),
+        st.integers(1, 800),  # prompt
+        st.integers(1, 60),  # answer
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None)
+@given(arrivals=arrivals)
+def test_every_promise_is_kept(arrivals):
+    """The lane computes one chunk a period, higher tiers and earlier deadlines first, while all
+    promised requests that are through decode beside it."""
+    promises = make_promises()
+    period_s = promises.period_s
+    now, prefilling, decoding = 0.0, [], []
+    queue = list(arrivals)
+    while queue or prefilling:
+        if queue:
+            gap, part, tier, num_prompt, num_answer = queue.pop(0)
+            for _ in range(gap):
+                now = run_period(promises, prefilling, decoding, now, period_s)
+            slack_s = tier.ttft_s
+            if promises.can(tier, num_prompt, num_prompt + num_answer, slack_s):
+                sequence = make_sequence(num_prompt, tier=tier.name)
+                promises.add(sequence, tier, num_prompt, num_prompt + num_answer, slack_s)
+                periods = round(promises.through_s(num_prompt) / period_s)
+                due_s = now - part * period_s + slack_s
+                prefilling.append(Job(sequence, tier, due_s, periods, num_answer))
+        else:
+            now = run_period(promises, prefilling, decoding, now, period_s)
+
+
+def run_period(promises, prefilling, decoding, now, period_s) -> float:
+    check_decodes(promises, decoding)
+    for job in list(decoding):
+        job.answer_left -= 1
+        if not job.answer_left:
+            decoding.remove(job)
+            promises.remove(job.sequence)
+    now += period_s
+    if prefilling:
+        job = min(prefilling, key=lambda job: (job.tier.level, job.due_s))
+        job.periods_left -= 1
+        if not job.periods_left:
+            assert now <= job.due_s + 1e-9, f"{job.tier.name} was promised {job.due_s}, is {now}"
+            prefilling.remove(job)
+            promises.prefilled(job.sequence)
+            decoding.append(job)
+    return now
+
+
+def check_decodes(promises, decoding) -> None:
+    """A step with all decodes and one chunk takes no longer than the tightest TPOT."""
+    shape = BatchShape(len(decoding), 0, promises._chunk_tokens(), 0, len(decoding) + 1)
+    assert COST.step_time(LANE, shape) <= promises.period_s
+
+
+def test_no_more_than_slots_and_memory():
+    promises = make_promises(max_num_seqs=4, capacity_tokens=1000)
+    for _ in range(4):
+        assert promises.can(PRIORITY, 8, 100, 0.3)
+        promises.add(make_sequence(), PRIORITY, 8, 100, 0.3)
+        for pending in list(promises._held):
+            promises.prefilled(pending)
+    assert not promises.can(PRIORITY, 8, 100, 0.3)
+    assert not make_promises(capacity_tokens=1000).can(PRIORITY, 8, 1001, 0.3)
+
+
+def test_lower_tiers_leave_room_for_those_above():
+    promises = make_promises(max_num_seqs=8)
+    count = 0
+    while promises.can(DEFAULT, 8, 20, 2.0):
+        sequence = make_sequence()
+        promises.add(sequence, DEFAULT, 8, 20, 2.0)
+        promises.prefilled(sequence)
+        count += 1
+    assert count == 6
+    assert promises.can(PRIORITY, 8, 20, 0.3)
+
+
+def test_a_higher_tier_may_not_break_a_lower_ones_promise():
+    promises = make_promises()
+    long = promises._chunk_tokens() * 38
+    assert promises.can(DEFAULT, long, long, 2.0)
+    promises.add(make_sequence(), DEFAULT, long, long, 2.0)
+    assert not promises.can(PRIORITY, promises._chunk_tokens() * 2, 400, 0.3)
+
+
+def test_what_is_over_no_longer_counts():
+    promises = make_promises(max_num_seqs=1)
+    sequence = make_sequence()
+    promises.add(sequence, PRIORITY, 8, 20, 0.3)
+    assert not promises.can(PRIORITY, 8, 20, 0.3)
+    promises.remove(sequence)
+    assert promises.can(PRIORITY, 8, 20, 0.3)
+    assert (promises.num_promised, promises.num_tokens) == (0, 0)
+
+
+def test_a_machine_that_is_too_slow_could_not_even_when_idle():
+    slow = Promises(LANE, DEFAULT_TIERS, FixedCost(0.2, 1e-3), LaneLimits(8, 512), 1000)
+    assert not slow.could(PRIORITY, 8, 20, 0.3)
+    assert make_promises().could(PRIORITY, 8, 20, 0.3)
