@@ -48,9 +48,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Every group of every plan, in the one order in which anything is made for them."""
     block_tokens: int
     num_units: int
-    """Units of the arena; 0 lets the worker fill its device and report the number in `Ready`."""
     num_host_units: int = 0
-    """Units of host memory, for KV that has to leave the arena for a while."""
+    """Units of the arena (0: fill the device, report the number in `Ready`), and of host memory."""
     max_slots: int
     max_model_len: int
     max_batch_tokens: int
@@ -60,11 +59,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Of a GPU's memory, all that is taken when `num_units` is 0; the rest stays free."""
     num_threads: int
     seed: int = 0
-    """Of dummy weights."""
     engine_address: str
-    """Where replies go."""
     inbox_address: str
-    """Where this rank's FIFO arrives."""
+    """Where replies go, and where this rank's FIFO arrives."""
     timeout_s: float = 60.0
     """A collective or a peer that takes longer ends the generation."""
     fault: Fault | None = None
@@ -124,13 +121,11 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     error_status: int = 500
     error_code: str | None = None
     retry_after_s: float | None = None
-    """With an error: when to try again."""
     logprobs: list[TokenLogprobs] = []
     logits: list[bytes] = []
     tier: str = "default"
-    """The tier it is served as."""
     reason: str | None = None
-    """Why that is not the tier it asked for."""
+    """Why the tier it is served as is not the one it asked for."""
     plan: str = ""
     lane: str = ""
     num_cached: int = 0
@@ -315,6 +310,7 @@ class Move(msgspec.Struct, tag=True, frozen=True):
     """Sent to a destination rank, which pulls; the source does nothing and knows nothing.
 
     Before it starts, each `(rank, count)` in `after` must have completed `count` messages.
+    `saves` copy own units into own host memory, `loads` units of a rank's host memory back.
     """
 
     move_id: int
@@ -322,9 +318,7 @@ class Move(msgspec.Struct, tag=True, frozen=True):
     rows: list[RowPull] = []
     after: list[tuple[int, int]] = []
     saves: list[Pull] = []
-    """Into host memory: the own arena's `src_units` become the own `dst_units` there."""
     loads: list[Pull] = []
-    """Out of host memory: `src_units` of the rank's host memory become `dst_units` of the arena."""
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
