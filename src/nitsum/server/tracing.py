@@ -29,6 +29,9 @@ Attributes = dict[str, str | int | float | bool]
 _caller: ContextVar[dict[str, str]] = ContextVar("trace headers of the caller")
 _HEADERS = ("traceparent", "tracestate")
 
+_SEND_S = 2
+"""Time that sending one batch may take, tries included."""
+
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
@@ -74,8 +77,12 @@ class Tracing:
 
         resource = Resource.create({"service.name": "nitsum", "service.version": __version__})
         self._spans = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._spans.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{url}/v1/traces")))
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{url}/v1/metrics"))
+        self._spans.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(f"{url}/v1/traces", timeout=_SEND_S))
+        )
+        reader = PeriodicExportingMetricReader(
+            OTLPMetricExporter(f"{url}/v1/metrics", timeout=_SEND_S)
+        )
         self._meters = MeterProvider([reader], resource, shutdown_on_exit=False)
         self._tracer = self._spans.get_tracer("nitsum", __version__)
         meter = self._meters.get_meter("nitsum", __version__)
@@ -141,11 +148,9 @@ class Tracing:
         span.end(self._unix_ns(end_s))
 
     def close(self) -> None:
-        """Send what is left; waits for the collector a few seconds at most."""
-        self._spans.force_flush(2000)
-        self._meters.force_flush(2000)
+        """Send what is left; waits for a collector that is away a few seconds at most."""
         self._spans.shutdown()
-        self._meters.shutdown(2000)
+        self._meters.shutdown(1000 * _SEND_S)
 
     def _unix_ns(self, at_s: float) -> int:
         return int((at_s + self._to_unix_s) * 1e9)
