@@ -51,7 +51,8 @@ class Frame:
             await send(message)
 
         try:
-            scope.setdefault("nitsum.key", check_access(scope, headers, self._service))
+            if "nitsum.key" not in scope:  # a line of a batch brings the key of its batch
+                scope["nitsum.key"] = check_access(scope, headers, self._service)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_id)
             return

@@ -14,7 +14,8 @@ from starlette.routing import Route
 
 from nitsum.engine.client import EngineClient
 from nitsum.errors import ApiError
-from nitsum.server import access, admin, dashboard, info, logs
+from nitsum.server import access, admin, batches, dashboard, files, info, logs
+from nitsum.server.batchwork import open_work
 from nitsum.server.books import open_books
 from nitsum.server.chat import chat_completions
 from nitsum.server.completions import completions
@@ -40,6 +41,15 @@ ROUTES = (
     Route("/v1/organization/usage/completions", completions_usage),
     Route("/tokenize", info.tokenize, methods=["POST"]),
     Route("/detokenize", info.detokenize, methods=["POST"]),
+    Route("/v1/files", files.create, methods=["POST"]),
+    Route("/v1/files", files.list_files),
+    Route("/v1/files/{file_id}", files.retrieve),
+    Route("/v1/files/{file_id}", files.delete, methods=["DELETE"]),
+    Route("/v1/files/{file_id}/content", files.content),
+    Route("/v1/batches", batches.create, methods=["POST"]),
+    Route("/v1/batches", batches.list_batches),
+    Route("/v1/batches/{batch_id}", batches.retrieve),
+    Route("/v1/batches/{batch_id}/cancel", batches.cancel, methods=["POST"]),
     Route("/health", info.health),
     Route("/health/ready", info.ready),
     Route("/version", info.version),
@@ -47,6 +57,7 @@ ROUTES = (
     Route("/metrics", info.metrics),
     Route("/admin/plans", admin.plans),
     Route("/admin/plans/switch", admin.switch, methods=["POST"]),
+    Route("/admin/decisions", admin.decisions),
     Route("/admin/drain", admin.drain, methods=["POST"]),
     *dashboard.ROUTES,
 )
@@ -111,12 +122,15 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     service: Service = app.state.service
     await service.engine.start()
     service.books.start()
+    service.batch_work = open_work(service.settings, service.keys, app)
     sampling = asyncio.create_task(app.state.sampler.run(), name="sampler")
     try:
         yield
     finally:
         sampling.cancel()
         await asyncio.gather(sampling, return_exceptions=True)
+        if service.batch_work is not None:
+            await service.batch_work.close()
         await service.engine.close()
         await _until_closed(service.metrics)
         await asyncio.to_thread(service.books.close)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from starlette.requests import Request as HttpRequest
 
@@ -21,6 +21,9 @@ from nitsum.server.schema import CommonBody
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec
 from nitsum.tier import TierSet
+
+if TYPE_CHECKING:
+    from nitsum.server.batchwork import BatchWork
 
 Params = ParamSpec("Params")
 ResultT = TypeVar("ResultT")
@@ -43,6 +46,21 @@ class Service:
     keys: KeyRing | None
     created_s: int
     draining: bool = field(default=False)
+    batch_work: BatchWork | None = None
+    """Files and batches, while the server runs and has a folder for them."""
+
+    @property
+    def work(self) -> BatchWork:
+        """Files and batches; raises a 503 where this server has no folder of its own."""
+        if self.batch_work is None:
+            raise ApiError(
+                "This server keeps no files or batches: it has no data folder to itself. Start it "
+                "with --data-dir DIR.",
+                status=503,
+                type="server_error",
+                code="no_data_folder",
+            )
+        return self.batch_work
 
     @property
     def model_name(self) -> str:
@@ -112,6 +130,12 @@ class Service:
 def key_of(request: HttpRequest) -> Key | None:
     """The key the caller came with; None where the server has no key file."""
     return cast("Key | None", request.scope.get("nitsum.key"))
+
+
+def tenant_of(request: HttpRequest) -> str:
+    """The tenant whose files, batches and usage the caller may see."""
+    key = key_of(request)
+    return "" if key is None else key.tenant
 
 
 def service_of(request: HttpRequest) -> Service:

@@ -55,6 +55,8 @@ class ServerSettings:
     drain_s: float = 60.0
     """Time that requests get to finish after SIGTERM."""
     max_body_bytes: int = 32 << 20
+    max_file_bytes: int = 200 << 20
+    """Of one upload."""
     max_choices: int = 128
     """Answers one call may ask for: prompts times n."""
 
