@@ -236,7 +236,7 @@ class Core:
     def _send(self, loop: LaneLoop, composed: Composed, step_id: int) -> None:
         generation, chunks = self.generation, tuple(composed.chunks)
         generation.dispatcher.send_step(loop.lane, step_id, generation.switcher.epoch, chunks)
-        restarts = tuple(chunk.sequence.num_restarts for chunk in chunks)
+        restarts = tuple([sequence.num_restarts for sequence, _, _, _ in chunks])
         step = StepInFlight(
             loop, step_id, chunks, restarts, composed.now, composed.shape, composed.predicted_s
         )
@@ -245,15 +245,15 @@ class Core:
         loop.num_in_flight += 1
         loop.last_sent = generation.last_sent = step_id
         emit_sent(self.sink, step)
-        for chunk in chunks:
-            self._advance(chunk.sequence, chunk.num_tokens, chunk.samples, loop, step_id)
+        for sequence, _, num_tokens, samples in chunks:
+            sequence.num_dispatched += num_tokens
+            sequence.num_sampling += samples
+            if num_tokens > 1 or sequence.first_scheduled_s is None:
+                self._begin(sequence, num_tokens > 1 and samples, loop, step_id)
 
-    def _advance(
-        self, sequence: Sequence, num_tokens: int, samples: bool, loop: LaneLoop, step_id: int
-    ) -> None:
-        sequence.num_dispatched += num_tokens
-        sequence.num_sampling += samples
-        if num_tokens > 1 and samples:
+    def _begin(self, sequence: Sequence, prefilled: bool, loop: LaneLoop, step_id: int) -> None:
+        """A chunk of a prompt was sent: maybe its last, maybe its first."""
+        if prefilled:
             self.generation.admission.prefilled(sequence)
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self.clock.now()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from nitsum.engine.executor import Executor
-from nitsum.kv.blocks import Relocation
+from nitsum.kv.blocks import Relocation, Table
 from nitsum.kv.cache import KvCache
 from nitsum.kv.host import Load, Save
 from nitsum.messages import Join, Move, Pages, Pull, RowPull, Step, Work
@@ -52,36 +52,38 @@ class Dispatcher:
 
     def send_step(self, lane: Lane, step_id: int, epoch: int, chunks: tuple[Chunk, ...]) -> None:
         self.flush_copies()
-        joins = [join for chunk in chunks if (join := self._join(chunk.sequence))]
-        pages = [update for chunk in chunks if (update := self._pages(chunk.sequence))]
-        work = [_work(chunk) for chunk in chunks]
-        step = Step(step_id, epoch, lane.group, joins, pages, work)
-        self.executor.send(lane.ranks, step)
+        joins: list[Join] = []
+        pages: list[Pages] = []
+        work: list[Work] = []
+        tables, unjoined = self.kv.tables, self._unjoined
+        for sequence, start, num_tokens, samples in chunks:
+            slot = sequence.slot
+            if slot is None or slot in unjoined:
+                joins.append(self._join(sequence))
+                slot = joins[-1].slot
+            table = tables[sequence.request_id]
+            if table.num_sent != len(table.blocks):
+                pages.append(self._pages(table, slot))
+            work.append(Work(slot, start, num_tokens, samples))
+        self.executor.send(lane.ranks, Step(step_id, epoch, lane.group, joins, pages, work))
 
-    def _join(self, sequence: Sequence) -> Join | None:
+    def _join(self, sequence: Sequence) -> Join:
         if sequence.slot is None:
             sequence.slot = self.take_slot()
             assert sequence.slot is not None, "admitted without a free slot"
             forced = sequence.request.sampling.forced_tokens
             tokens = sequence.tokens + list(forced[sequence.num_output :])
             return self._describe(sequence, sequence.slot, tokens)
-        if sequence.slot in self._unjoined:
-            self._unjoined.discard(sequence.slot)
-            return self._describe(sequence, sequence.slot, [])
-        return None
+        self._unjoined.discard(sequence.slot)
+        return self._describe(sequence, sequence.slot, [])
 
     def _describe(self, sequence: Sequence, slot: int, tokens: list[int]) -> Join:
         sampling = sequence.request.sampling
         return Join(slot, tokens, sequence.num_prompt, sequence.num_known, sampling)
 
-    def _pages(self, sequence: Sequence) -> Pages | None:
-        table = self.kv.tables[sequence.request_id]
-        first = table.num_sent
-        if first == len(table.blocks):
-            return None
-        table.num_sent = len(table.blocks)
-        assert sequence.slot is not None
-        return Pages(sequence.slot, first, self.kv.slot_pages(table, first))
+    def _pages(self, table: Table, slot: int) -> Pages:
+        first, table.num_sent = table.num_sent, len(table.blocks)
+        return Pages(slot, first, self.kv.slot_pages(table, first))
 
     # -- moves --
 
@@ -163,8 +165,3 @@ class Dispatcher:
         rank = pull.src_rank
         self.executor.send([rank], Move(next(self._move_ids), [pull]))
         self._settled[rank] = self.executor.num_sent(rank)
-
-
-def _work(chunk: Chunk) -> Work:
-    assert chunk.sequence.slot is not None
-    return Work(chunk.sequence.slot, chunk.start, chunk.num_tokens, chunk.samples)
