@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "say in words why the layout changed, or did not",
     "simulate": "predict how plans and policies would serve a workload on a machine",
     "demo": "serve the demo model and switch plans under chats of three tiers",
+    "top": "watch a server's lanes, ranks, tiers and queues in the terminal",
     "doctor": "say what this machine has, what is used of it, and what is missing",
     "fetch-demo": "download the demo model and convert it, once",
     "verify": "prove that switching the layout changes no result",
