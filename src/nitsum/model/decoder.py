@@ -30,6 +30,20 @@ def forward(
     Writes the step's k and v into their pages. All ranks of the lane must call this with the same
     tokens and the weights of their own shard at `comm.degree`.
     """
+    x = hidden_states(geometry, weights, comm, kv, step, backend)
+    return compute_logits(geometry, weights, comm, x[step.sample_rows])
+
+
+@torch.inference_mode()
+def hidden_states(
+    geometry: Geometry,
+    weights: ModelWeights,
+    comm: Comm,
+    kv: KvPages,
+    step: StepInput,
+    backend: Backend,
+) -> torch.Tensor:
+    """All but the last product: [n, hidden], normed. See `forward`."""
     assert (weights.degree, weights.shard) == (comm.degree, comm.shard), "weights of another shard"
     heads = Heads.of(geometry, weights.degree, weights.shard)
     ops = backend(geometry.shape, heads, weights.embedding.dtype, kv, step)
@@ -41,7 +55,7 @@ def forward(
         x = ops.add_rms_norm(x, hidden, layer.post_norm)
         x = mlp(ops, comm, geometry.max_tp // weights.degree, layer, x)
         x = ops.add_rms_norm(x, hidden, next_norm)
-    return compute_logits(geometry, weights, comm, x[step.sample_rows])
+    return x
 
 
 def embed(weights: ModelWeights, comm: Comm, tokens: torch.Tensor) -> torch.Tensor:

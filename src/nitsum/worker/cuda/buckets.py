@@ -1,26 +1,65 @@
-"""Batch sizes for which decode graphs exist, and which of them a step uses."""
+"""Step shapes for which graphs exist, and which of them a step uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from nitsum.messages import Work
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Padding costs little: decode reads weights, not rows, until a few hundred sequences."""
 
+CHUNK_TOKENS = (*range(128, 1024, 128), *range(1024, 2049, 256))
+"""Matrix products work in tiles of 128 rows or so, hence this grain. Above, launching kernel by
+kernel keeps ahead of the device."""
 
-def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+FEW_SEQS = 8
+"""Most steps with chunks have few sequences (an idle lane's prompts) or many (a busy lane's)."""
+
+
+class StepShape(NamedTuple):
+    """What a step is padded to. A decode shape has one token a sequence, each of which draws."""
+
+    num_tokens: int
+    num_seqs: int
+    is_decode: bool
+    has_graph: bool
+
+
+def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """Ascending; the last one holds every decode batch the engine sends, up to 256."""
-    below = [size for size in SIZES if size < max_num_seqs]
-    return (*below, min(max_num_seqs, SIZES[-1]))
+    below = [size for size in DECODE_SIZES if size < max_num_seqs]
+    return (*below, min(max_num_seqs, DECODE_SIZES[-1]))
 
 
-def bucket_for(num_seqs: int, sizes: Sequence[int]) -> int | None:
-    """The smallest size that holds `num_seqs`; None if no graph does."""
-    return next((size for size in sizes if size >= num_seqs), None)
+def decode_shapes(max_num_seqs: int) -> list[StepShape]:
+    """All decode shapes of a lane, the smallest first."""
+    return [StepShape(size, size, True, True) for size in decode_sizes(max_num_seqs)]
+
+
+def chunk_shapes(max_num_seqs: int, max_batch_tokens: int) -> list[StepShape]:
+    """All shapes with chunks that a lane has graphs for, the cheapest first."""
+    widths = sorted({min(FEW_SEQS, max_num_seqs), max_num_seqs})
+    return [
+        StepShape(tokens, width, False, True)
+        for tokens in CHUNK_TOKENS
+        if tokens <= max_batch_tokens
+        for width in widths
+    ]
+
+
+def shape_for(work: Sequence[Work], shapes: Sequence[StepShape]) -> StepShape:
+    """The first of `shapes` that holds the step; its own shape, without a graph, if none does."""
+    num_tokens = sum(part.num_tokens for part in work)
+    decode = is_decode(work)
+    for shape in shapes:
+        holds = shape.num_tokens >= num_tokens and shape.num_seqs >= len(work)
+        if holds and shape.is_decode == decode:
+            return shape
+    return StepShape(num_tokens, len(work), False, False)
 
 
 def is_decode(work: Sequence[Work]) -> bool:
-    """One token of each sequence, each of which draws: what graphs are captured for."""
+    """One token of each sequence, each of which draws."""
     return all(part.num_tokens == 1 and part.samples for part in work)

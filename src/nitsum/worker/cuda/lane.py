@@ -1,11 +1,11 @@
-"""One lane as a rank computes it: eager steps of any shape, and graphs for decode.
+"""One lane as a rank computes it: graphs for the shapes of most steps, kernel by kernel for others.
 
-    decode, n sequences   the smallest bucket's graph:  prepare | plan | forward       -> logits
-                          one of its sampling graphs:   draw | broadcast | record      -> tokens
-    anything else         the same calls, one by one
+    decode        graph: prepare | plan | layers | logits     graph: draw | broadcast | record
+    with chunks   graph: prepare | plan | layers              logits | draw | broadcast | record
+    larger        prepare | plan | layers | logits | draw | broadcast | record
 
 All graphs of a rank share one pool, the largest captured first, and one stream. Members of a group
-capture the same bucket at the same time: the run before a capture meets in collectives.
+capture the same shape at the same time: the run before a capture meets in collectives.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from nitsum.kernels.prepare import StepTensors, prepare
 from nitsum.kernels.sampling_table import SamplingNeeds
 from nitsum.messages import Work
 from nitsum.model.cuda_ops import CudaBackend
-from nitsum.model.decoder import forward
+from nitsum.model.decoder import compute_logits, hidden_states
 from nitsum.model.interface import KvPages, StepInput
 from nitsum.model.views import ModelWeights
 from nitsum.shape import Geometry
+from nitsum.worker.cuda.buckets import StepShape, shape_for
 from nitsum.worker.cuda.comm import CudaComm
 from nitsum.worker.cuda.sampling import CAPTURED, DeviceSampler, Draws
 from nitsum.worker.cuda.state import DeviceState
@@ -34,15 +35,16 @@ MakeAttention = Callable[[int, bool], AttentionBackend]
 
 
 @dataclass(frozen=True)
-class DecodeGraph:
-    """Decode of up to `size` sequences."""
+class StepGraph:
+    """Steps of one shape."""
 
-    size: int
     tensors: StepTensors
     attention: AttentionBackend
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # [size, V] float32
+    result: torch.Tensor
+    """Decode: logits [sequences, V] float32. Else hidden states [tokens, hidden]."""
     draws: dict[SamplingNeeds, torch.cuda.CUDAGraph]
+    """Of decode shapes."""
 
 
 class CudaLane:
@@ -71,83 +73,113 @@ class CudaLane:
         self._sampler = sampler
         self._rope = rope
         self._make_attention = make_attention
-        self._mixed = make_attention(tensors.contexts.shape[0], False)
-        self._graphs: dict[int, DecodeGraph] = {}
+        self._eager = make_attention(tensors.contexts.shape[0], False)
+        self._graphs: dict[StepShape, StepGraph] = {}
+        self._shapes: list[StepShape] = []
+        self._planned: torch.cuda.Event | None = None
 
-    @property
-    def sizes(self) -> list[int]:
-        """Buckets there are graphs for."""
-        return sorted(self._graphs)
+    def shape_for(self, work: Sequence[Work]) -> StepShape:
+        """What a step of this work is padded to."""
+        shape = shape_for(work, self._shapes)
+        if self._eager.plans_on_host and not shape.has_graph:
+            return shape._replace(num_seqs=self._tensors.contexts.shape[0])
+        return shape
 
     # -- a step --
 
-    def decode(self, size: int, work: Sequence[Work]) -> tuple[torch.Tensor, Draws]:
-        """Logits [size, V] of the work at hand by the graph for `size`."""
-        captured = self._graphs[size]
-        if captured.attention.plans_on_host:
-            captured.attention.plan(_sequences(captured.tensors), decode_lengths(work, size))
-        captured.graph.replay()
-        return captured.logits, _draws(captured.tensors)
-
-    def draw_captured(self, size: int, needs: SamplingNeeds) -> None:
-        """By a graph, from the logits of the last `decode` of this size."""
-        self._graphs[size].draws[needs].replay()
-
-    def mixed(self, work: Sequence[Work]) -> tuple[torch.Tensor, Draws]:
-        """Logits [m, V] of the work at hand, kernel by kernel."""
-        num_tokens = sum(part.num_tokens for part in work)
+    def compute(self, shape: StepShape, work: Sequence[Work]) -> tuple[torch.Tensor, Draws]:
+        """Logits of the work at hand: [m, V], or [sequences, V] of a decode shape."""
         num_draws = sum(part.samples for part in work)
-        tensors = self._tensors.narrow(num_tokens, len(work))
-        self._prepare(tensors, decode=False)
-        lengths = HostLengths(
-            [part.num_tokens for part in work], [part.start + part.num_tokens for part in work]
-        )
-        self._mixed.plan(_sequences(tensors), lengths)
-        logits = self._forward(tensors, self._mixed, num_draws)
-        draws = _draws(tensors)
-        return logits, Draws(draws.slots[:num_draws], draws.positions[:num_draws])
+        if not shape.has_graph:
+            return self._compute_eagerly(shape, work, num_draws)
+        captured = self._graphs[shape]
+        if captured.attention.plans_on_host:
+            self._plan_on_host(captured.attention, captured.tensors, work, shape)
+        captured.graph.replay()
+        draws = _draws(captured.tensors)
+        if shape.is_decode:
+            return captured.result, draws
+        return self._logits(captured.result, captured.tensors, num_draws), draws.first(num_draws)
+
+    def draw_captured(self, shape: StepShape, needs: SamplingNeeds) -> None:
+        """By a graph, from the logits of the last `compute` of this decode shape."""
+        self._graphs[shape].draws[needs].replay()
+
+    def _compute_eagerly(
+        self, shape: StepShape, work: Sequence[Work], num_draws: int
+    ) -> tuple[torch.Tensor, Draws]:
+        tensors = self._tensors.narrow(shape.num_tokens, shape.num_seqs)
+        if self._eager.plans_on_host:
+            self._plan_on_host(self._eager, tensors, work, shape)
+        else:
+            self._prepare(tensors, decode=False)
+            self._eager.plan(_sequences(tensors), None)
+        hidden = self._hidden(tensors, self._eager)
+        return self._logits(hidden, tensors, num_draws), _draws(tensors).first(num_draws)
+
+    def _plan_on_host(
+        self,
+        attention: AttentionBackend,
+        tensors: StepTensors,
+        work: Sequence[Work],
+        shape: StepShape,
+    ) -> None:
+        """What such a library reads of the step, it reads now, before any graph.
+
+        It writes its plan into pinned memory that its last plan may still be copied from: wait
+        until the device has come to where that copy is, which is before the step that runs now.
+        """
+        self._prepare(tensors, decode=shape.is_decode)
+        if self._planned is not None:
+            self._planned.synchronize()
+        attention.plan(_sequences(tensors), lengths_of(work, shape))
+        self._planned = torch.cuda.Event()
+        self._planned.record()
 
     def _prepare(self, tensors: StepTensors, *, decode: bool) -> None:
         state = self._state
         work = state.work[: tensors.contexts.shape[0]]
         prepare(state.rows, state.tables, work, state.block_tokens, tensors, decode=decode)
 
-    def _forward(
-        self, tensors: StepTensors, attention: AttentionBackend, num_draws: int
-    ) -> torch.Tensor:
+    def _hidden(self, tensors: StepTensors, attention: AttentionBackend) -> torch.Tensor:
         step = StepInput(
             tokens=tensors.tokens,
             positions=tensors.positions,
             kv_slots=tensors.kv_slots,
             page_table=tensors.page_table,
             spans=(),
-            sample_rows=tensors.sample_rows[:num_draws],
+            sample_rows=tensors.sample_rows,
         )
         backend = CudaBackend(attention, self._rope)
-        return forward(self._geometry, self._weights, self.comm, self.pages, step, backend)
+        return hidden_states(self._geometry, self._weights, self.comm, self.pages, step, backend)
+
+    def _logits(self, hidden: torch.Tensor, tensors: StepTensors, num_draws: int) -> torch.Tensor:
+        rows = hidden[tensors.sample_rows[:num_draws]]
+        return compute_logits(self._geometry, self._weights, self.comm, rows)
 
     # -- capture --
 
-    def capture(self, size: int, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Make the graphs for `size`; padding is all the work there is, so no page is touched."""
-        tensors = self._tensors.narrow(size, size)
-        attention = self._make_attention(size, True)
-        lengths = decode_lengths((), size)
+    def capture(self, shape: StepShape, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Make the graphs for `shape`; padding is all the work there is, so no page is touched."""
+        tensors = self._tensors.narrow(shape.num_tokens, shape.num_seqs)
+        attention = self._make_attention(shape.num_seqs, shape.is_decode)
+        self._state.work.fill_(-1)
         if attention.plans_on_host:
-            attention.plan(_sequences(tensors), lengths)
+            self._plan_on_host(attention, tensors, (), shape)
 
         def step() -> torch.Tensor:
-            self._prepare(tensors, decode=True)
             if not attention.plans_on_host:
+                self._prepare(tensors, decode=shape.is_decode)
                 attention.plan(_sequences(tensors), None)
-            return self._forward(tensors, attention, size)
+            hidden = self._hidden(tensors, attention)
+            return self._logits(hidden, tensors, shape.num_seqs) if shape.is_decode else hidden
 
-        self._state.work.fill_(-1)
-        graph, logits = _capture(step, stream, pool)
+        graph, result = _capture(step, stream, pool)
         draws: dict[SamplingNeeds, torch.cuda.CUDAGraph] = {}
-        for needs in CAPTURED:
-            draws[needs], _ = _capture(self._drawing(logits, tensors, needs), stream, pool)
-        self._graphs[size] = DecodeGraph(size, tensors, attention, graph, logits, draws)
+        for needs in CAPTURED if shape.is_decode else ():
+            draws[needs], _ = _capture(self._drawing(result, tensors, needs), stream, pool)
+        self._graphs[shape] = StepGraph(tensors, attention, graph, result, draws)
+        self._shapes = sorted(self._graphs)
 
     def _drawing(
         self, logits: torch.Tensor, tensors: StepTensors, needs: SamplingNeeds
@@ -177,7 +209,9 @@ def _draws(tensors: StepTensors) -> Draws:
     return Draws(tensors.sample_slots, tensors.sample_positions)
 
 
-def decode_lengths(work: Sequence[Work], size: int) -> HostLengths:
-    """One token each; padding has no context."""
-    padding = size - len(work)
-    return HostLengths([1] * size, [part.start + 1 for part in work] + [0] * padding)
+def lengths_of(work: Sequence[Work], shape: StepShape) -> HostLengths:
+    """With padding: no context, and one token in decode shapes, else none."""
+    padding = shape.num_seqs - len(work)
+    num_tokens = [part.num_tokens for part in work] + [int(shape.is_decode)] * padding
+    contexts = [part.start + part.num_tokens for part in work] + [0] * padding
+    return HostLengths(num_tokens, contexts)

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from nitsum.kernels.sampling_table import SamplingNeeds
 from nitsum.messages import Move, MoveDone, Step, StepDone, Work
 from nitsum.plan import Group
 from nitsum.shared import Progress
-from nitsum.worker.cuda.buckets import bucket_for, is_decode
+from nitsum.worker.cuda.buckets import StepShape
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.mover import CudaMover, Launched
 from nitsum.worker.cuda.ordering import units_of_step
 from nitsum.worker.cuda.packing import pack
 from nitsum.worker.cuda.sampling import (
     DeviceSampler,
-    Draws,
     Reports,
     captured_needs,
     read_logits,
@@ -107,9 +105,9 @@ class CudaRunner:
         lane = self._lanes[step.group]
         self._wait_for_precopies(step, lane)
         start = _record_event()
-        size = bucket_for(len(step.work), lane.sizes) if is_decode(step.work) else None
-        self._take_in(step, lane, size or len(step.work))
-        reports = self._compute(lane, step.work, size)
+        shape = lane.shape_for(step.work)
+        self._take_in(step, lane, shape.num_seqs)
+        reports = self._compute(lane, step.work, shape)
         num_draws = sum(part.samples for part in step.work)
         leads = lane.comm.is_leader
         tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
@@ -126,29 +124,19 @@ class CudaRunner:
             self._sampler.join(join)
         self._state.take_in(pack(step, lane.comm.member, width, self._state.max_pages))
 
-    def _compute(self, lane: CudaLane, work: list[Work], size: int | None) -> Reports | None:
+    def _compute(self, lane: CudaLane, work: list[Work], shape: StepShape) -> Reports | None:
         """Forward and draw; what requests asked to hear, on the leader."""
-        logits, draws = lane.mixed(work) if size is None else lane.decode(size, work)
+        logits, draws = lane.compute(shape, work)
         needs = self._sampler.needs(work)
         reports = lane.comm.is_leader and self._sampler.reports_anything(work)
         raw = logits.clone() if reports and needs.shapes_logits else logits
         captured = captured_needs(needs)
-        if size is not None and captured is not None:
-            lane.draw_captured(size, captured)
+        if shape.is_decode and captured is not None:
+            lane.draw_captured(shape, captured)
         elif logits.shape[0]:
-            self._draw(lane, logits, draws, needs, work)
+            longest = max(part.start + part.num_tokens for part in work)
+            self._sampler.draw(logits, draws, needs, lane.comm, longest)
         return self._sampler.reports(work, raw) if reports else None
-
-    def _draw(
-        self,
-        lane: CudaLane,
-        logits: torch.Tensor,
-        draws: Draws,
-        needs: SamplingNeeds,
-        work: list[Work],
-    ) -> None:
-        longest = max(part.start + part.num_tokens for part in work)
-        self._sampler.draw(logits, draws, needs, lane.comm, longest)
 
     # -- moves --
 

@@ -52,6 +52,9 @@ class Draws(NamedTuple):
     slots: torch.Tensor
     positions: torch.Tensor
 
+    def first(self, num_draws: int) -> Draws:
+        return Draws(self.slots[:num_draws], self.positions[:num_draws])
+
 
 class Reports(NamedTuple):
     """What requests asked to hear of one step, on its way to the host."""

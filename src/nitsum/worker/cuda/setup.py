@@ -21,14 +21,15 @@ from nitsum.errors import ConfigError
 from nitsum.kernels.prepare import StepTensors
 from nitsum.messages import Join, Ready, Step, Work, WorkerSpec
 from nitsum.model.cuda_ops import rope_table
+from nitsum.model.ops import Heads
 from nitsum.plan import Group
 from nitsum.request import SamplingParams
 from nitsum.shape import Geometry, ModelShape
 from nitsum.shared import DTYPE_BYTES, Progress, row_tokens
 from nitsum.shared import Shared as HostShared
 from nitsum.worker.arena import Arena, Pages
-from nitsum.worker.cuda.attention import make_attention
-from nitsum.worker.cuda.buckets import bucket_sizes
+from nitsum.worker.cuda.attention import AttentionMaker
+from nitsum.worker.cuda.buckets import StepShape, chunk_shapes, decode_shapes
 from nitsum.worker.cuda.comm import CommSizes, CudaComm
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
@@ -45,8 +46,8 @@ from nitsum.worker.weights import ResidentWeights, load_weights, open_source
 START_TIMEOUT_S = 900.0
 """How long a rank that is ready waits for one that still loads."""
 
-GRAPH_BYTES = 24 << 20
-"""What the driver keeps for one graph of a large model; measured at start and reported."""
+GRAPH_BYTES = 12 << 20
+"""What is set aside for one graph; what they really take is measured and reported."""
 
 _T = TypeVar("_T")
 
@@ -97,8 +98,9 @@ def start(spec: WorkerSpec, shared: HostShared) -> tuple[CudaRunner, Ready]:
     weights = clock.timed("load", lambda: _load(spec, geometry, device))
     parts = clock.timed("map", lambda: _map(spec, geometry, device, weights))
     clock.timed("warm_up", lambda: _warm_up(parts))
-    units = clock.timed("measure", lambda: _num_units(parts))
+    units = clock.timed("measure", lambda: _num_units(parts, clock.bytes["warm_up"]))
     arenas = clock.timed("arena", lambda: _allocate_arenas(parts, units))
+    torch.cuda.empty_cache()  # else the room it frees would count as the graphs'
     lanes = _lanes(parts, _arena(parts, arenas.own, units))
     clock.timed("capture", lambda: _capture(parts, lanes))
     runner = _runner(parts, lanes, arenas, units, Progress(shared.progress))
@@ -180,10 +182,11 @@ def _mixed_step(parts: Parts, group: Group, lane: CudaLane, work: list[Work]) ->
     """As a runner does it, but that all draws are tried, and shaping with them."""
     joins = [Join(part.slot, [0] * part.num_tokens, 1, 0, SamplingParams()) for part in work]
     step = Step(0, 0, group, joins, [], work)
-    parts.state.take_in(pack(step, lane.comm.member, len(work), parts.state.max_pages))
+    shape = lane.shape_for(work)
+    parts.state.take_in(pack(step, lane.comm.member, shape.num_seqs, parts.state.max_pages))
     for join in joins:
         parts.sampler.join(join)
-    logits, draws = lane.mixed(work)
+    logits, draws = lane.compute(shape, work)
     if not len(logits):
         return
     raw = logits.clone()  # as when a request wants to see what others shape
@@ -202,7 +205,7 @@ def largest_work(spec: WorkerSpec) -> list[Work]:
     return [Work(i, 0, min(each + (i < more), longest), True) for i in range(num_seqs)]
 
 
-def _num_units(parts: Parts) -> int:
+def _num_units(parts: Parts, largest_step_bytes: int) -> int:
     """The spec's number, or as many as fit beside what is there by now and graphs."""
     spec, geometry = parts.spec, parts.geometry
     if spec.num_units:
@@ -212,16 +215,18 @@ def _num_units(parts: Parts) -> int:
     sharing = -(-spec.num_ranks // torch.cuda.device_count())
     unit_bytes = geometry.unit_bytes(spec.block_tokens, DTYPE_BYTES[spec.dtype])
     memory = DeviceMemory(free, total, sharing)
-    units = kv_units(memory, _graph_reserve(parts), spec.gpu_memory_share, geometry, unit_bytes)
+    reserve = _graph_reserve(parts, largest_step_bytes)
+    units = kv_units(memory, reserve, spec.gpu_memory_share, geometry, unit_bytes)
     return parts.memory.smallest(units)
 
 
-def _graph_reserve(parts: Parts) -> int:
-    """Room for graphs: what the driver keeps of each, and the logits each bucket holds."""
-    sizes = bucket_sizes(parts.spec.max_num_seqs)
-    num_graphs = len(parts.comms) * len(sizes) * (1 + len(CAPTURED))
-    logits_bytes = 8 * sum(sizes) * parts.geometry.vocab_size
-    return num_graphs * GRAPH_BYTES // 2 + len(parts.comms) * logits_bytes
+def _graph_reserve(parts: Parts, largest_step_bytes: int) -> int:
+    """Room for graphs: what the driver keeps of each, the logits each decode shape holds, and
+    their pool, which is below what the largest step needs."""
+    shapes = graph_shapes(parts.spec)
+    decodes = [shape.num_seqs for shape in shapes if shape.is_decode]
+    logits_bytes = 4 * sum(decodes) * parts.geometry.vocab_size
+    return len(parts.comms) * (len(shapes) * GRAPH_BYTES + logits_bytes) + largest_step_bytes
 
 
 def _allocate_arenas(parts: Parts, num_units: int) -> Shared:
@@ -248,10 +253,15 @@ def _lanes(parts: Parts, arena: Arena) -> dict[Group, CudaLane]:
             parts.tensors,
             parts.sampler,
             parts.rope,
-            make_attention(parts.geometry, group.degree, comm.shard, parts.spec, parts.device),
+            _attention(parts, group, comm.shard),
         )
         for group, comm in parts.comms.items()
     }
+
+
+def _attention(parts: Parts, group: Group, shard: int) -> AttentionMaker:
+    heads = Heads.of(parts.geometry, group.degree, shard)
+    return AttentionMaker(heads, parts.spec, parts.state.max_pages, parts.device)
 
 
 def _pages(arena: Arena, group: Group) -> Pages:
@@ -262,9 +272,15 @@ def _capture(parts: Parts, lanes: dict[Group, CudaLane]) -> None:
     """In the order of the spec, which is that of every rank."""
     stream, pool = torch.cuda.Stream(parts.device), torch.cuda.graph_pool_handle()
     for group, lane in lanes.items():
-        for size in reversed(bucket_sizes(parts.spec.max_num_seqs)):
+        for shape in reversed(graph_shapes(parts.spec)):
             parts.memory.barrier(group)
-            lane.capture(size, stream, pool)
+            lane.capture(shape, stream, pool)
+
+
+def graph_shapes(spec: WorkerSpec) -> list[StepShape]:
+    """What every lane has graphs for, the smallest first."""
+    chunks = chunk_shapes(spec.max_num_seqs, spec.max_batch_tokens)
+    return sorted([*decode_shapes(spec.max_num_seqs), *chunks])
 
 
 def _runner(
