@@ -57,14 +57,7 @@ def test_triton_attention(heads: tuple, parts: list) -> None:
     checks.check_triton_attention(parts, heads, 16, BF16, 3, num_padding=2)
 
 
-def flashinfer(step: Step, decode: bool) -> AttentionBackend:
-    n, num_kv, g, d = step.q.shape
-    return FlashInferAttention(
-        step.sequences.num_seqs, n, 512, num_kv, g, d, 16, BF16, DEVICE, decode_only=decode
-    )
-
-
-def flash3(step: Step, decode: bool) -> AttentionBackend:
+def flash3(step: Step) -> AttentionBackend:
     _, num_kv, g, d = step.q.shape
     longest = max(step.lengths.num_tokens)
     return Flash3Attention(
@@ -73,12 +66,25 @@ def flash3(step: Step, decode: bool) -> AttentionBackend:
 
 
 @pytest.mark.parametrize("heads", LLAMA)
-@pytest.mark.parametrize("parts", [DECODE, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("make", [flashinfer, flash3])
-def test_libraries(heads: tuple, parts: list, make) -> None:
+@pytest.mark.parametrize(
+    ("parts", "tensor_cores"), [(DECODE, False), (DECODE, True), (MIXED, True)]
+)
+def test_flashinfer(heads: tuple, parts: list, tensor_cores: bool) -> None:
+    pytest.importorskip("flashinfer")
     step = make_step(parts, heads, 16, BF16, seed=4)
+    backend = FlashInferAttention(
+        step.sequences.num_seqs, len(step.q), 512, *heads, 16, BF16, DEVICE,
+        decode_only=parts is DECODE, tensor_cores=tensor_cores,
+    )  # fmt: skip
+    checks.check_attention(backend, step)
+
+
+@pytest.mark.parametrize("heads", [*LLAMA, SMOL])
+@pytest.mark.parametrize("parts", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_flash3(heads: tuple, parts: list) -> None:
+    step = make_step(parts, heads, 16, BF16, 4, num_padding=2)
     try:
-        backend = make(step, parts is DECODE)
+        backend = flash3(step)
     except MissingDependency as missing:
         pytest.skip(str(missing))
     checks.check_attention(backend, step)

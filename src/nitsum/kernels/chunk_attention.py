@@ -47,20 +47,27 @@ def _attend_range(
 ):  # fmt: skip
     """Online softmax over positions first..last; unmasked blocks are seen by every row."""
     d = tl.arange(0, BLOCK_D)
+    whole: tl.constexpr = BLOCK_D == D
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + at // PAGE, mask=at < context, other=0).to(tl.int64)
+        seen = (at < context) if MASKED else (at >= 0)
+        page = tl.load(table + at // PAGE, mask=seen, other=0).to(tl.int64)
         row = ((page * NUM_KV + head) * PAGE + at % PAGE) * D
-        k_inside = (at < context)[None, :] & (d < D)[:, None]
-        k = tl.load(keys + row[None, :] + d[:, None], mask=k_inside, other=0.0)
-        scores = tl.dot(q_tile, k, input_precision="ieee") * scale
+        k_at, v_at = keys + row[None, :] + d[:, None], values + row[:, None] + d[None, :]
+        if whole and not MASKED:
+            k = tl.load(k_at)
+        else:
+            k = tl.load(k_at, mask=seen[None, :] & (d < D)[:, None], other=0.0)
+        scores = tl.dot(q_tile, k, input_precision="ieee")
         if MASKED:
             scores = tl.where(at[None, :] <= positions[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
         fade = tl.exp2(top - new_top)
-        v_inside = (at < context)[:, None] & (d < D)[None, :]
-        v = tl.load(values + row[:, None] + d[None, :], mask=v_inside, other=0.0)
+        if whole and not MASKED:
+            v = tl.load(v_at)
+        else:
+            v = tl.load(v_at, mask=seen[:, None] & (d < D)[None, :], other=0.0)
         total = total * fade + tl.sum(weights, 1)
         mixed = tl.dot(weights.to(v.dtype), v, mixed * fade[:, None], input_precision="ieee")
         top = new_top

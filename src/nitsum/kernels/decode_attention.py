@@ -4,10 +4,12 @@ A program attends the g query heads of one KV head (they are the rows of its mat
 one part of one sequence. Sequences of a single part write their result at once; the others leave
 partial results, which a second kernel merges:
 
-    grid (sequence, KV head, part) -> partial [s, G, parts, g, d] and log-sums -> grid (s, G) -> out
+    plan:   lengths -> part length, list of (sequence, part)             once a step
+    grid (part of the list, KV head) -> partial [parts, G, g, d] and log-sums -> grid (s, G) -> out
 
 How long a part is follows the step and is decided on the device, so that one captured graph
-serves any lengths: short enough to fill the GPU, long enough to be worth a program.
+serves any lengths: the whole batch cut into as many equal parts as fill the GPU, so that one long
+sequence among short ones is cut more often, and the list is never longer than a fixed bound.
 """
 
 # A condition known to the compiler stays apart from one that is not.
@@ -18,56 +20,71 @@ from typing import NamedTuple
 import torch
 
 from nitsum.kernels.attention import Sequences
-from nitsum.kernels.language import jit, next_power_of_2, tl
+from nitsum.kernels.language import cdiv, jit, next_power_of_2, tl
 
 MIN_PART_TOKENS = 128
-PROGRAMS_PER_SM = 4
+ITEMS_PER_PROGRAM = 32
 
 
 class Tuning(NamedTuple):
-    """How one decode program is shaped."""
+    """How one decode program is shaped, and how many of them are wanted for each SM."""
 
-    block_n: int = 64
+    block_n: int = 128
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = PROGRAMS_PER_SM
+    programs_per_sm: int = 4
 
 
 class DecodeBuffers(NamedTuple):
     """Scratch of one bucket: shared by all layers, made once."""
 
-    part_tokens: torch.Tensor  # [1] int32
-    partial: torch.Tensor  # [s, G, parts, g, d] float32
-    log_sums: torch.Tensor  # [s, G, parts, g] float32, base 2
-
-    @property
-    def max_parts(self) -> int:
-        return self.partial.shape[2]
+    part_tokens: torch.Tensor  # [1] int32: how long a part is
+    items: torch.Tensor  # [bound, 2] int32: (sequence or -1, part)
+    first_items: torch.Tensor  # [s] int32: where a sequence's parts begin
+    partial: torch.Tensor  # [bound, G, g, d] float32
+    log_sums: torch.Tensor  # [bound, G, g] float32, base 2
 
 
 def decode_buffers(
     num_seqs: int, num_kv: int, q_per_kv: int, head_dim: int, device: torch.device | str,
-    num_sms: int = 132,
+    num_programs: int,
 ) -> DecodeBuffers:  # fmt: skip
-    """Few sequences may have many parts each, many sequences a few (their lengths differ)."""
-    wanted = 2 * PROGRAMS_PER_SM * num_sms // (num_seqs * num_kv)
-    parts = min(64, max(4, next_power_of_2(max(1, wanted))))
-    partial = torch.empty(num_seqs, num_kv, parts, q_per_kv, head_dim, device=device)
-    part_tokens = torch.full((1,), MIN_PART_TOKENS, dtype=torch.int32, device=device)
-    return DecodeBuffers(part_tokens, partial, torch.empty_like(partial[..., 0]))
+    """For about `num_programs` programs a layer: each sequence adds one part that is not full."""
+    bound = num_seqs + cdiv(num_programs, num_kv)
+
+    def ints(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=device)
+
+    partial = torch.empty(bound, num_kv, q_per_kv, head_dim, device=device)
+    log_sums = torch.empty(bound, num_kv, q_per_kv, device=device)
+    return DecodeBuffers(ints(1), ints(bound, 2), ints(num_seqs), partial, log_sums)
 
 
 @jit
 def _plan_parts(
-    contexts, part_tokens, num_seqs, num_kv, target, max_parts,
-    MIN_PART: tl.constexpr, SEQS: tl.constexpr,
+    query_starts, contexts, part_tokens, items, first_items, num_seqs, num_kv, num_programs, bound,
+    MIXED: tl.constexpr, MIN_PART: tl.constexpr, SEQS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.arange(0, SEQS)
-    lengths = tl.load(contexts + i, mask=i < num_seqs, other=0)
-    fair = tl.cdiv(tl.sum(lengths, 0) * num_kv, target)
-    room = tl.cdiv(tl.max(lengths, 0), max_parts)
-    wanted = tl.maximum(fair, room)
-    tl.store(part_tokens, tl.maximum(tl.cdiv(wanted, MIN_PART), 1) * MIN_PART)
+    """Each program lists a few items; the first one also says how long parts are."""
+    s = tl.arange(0, SEQS)
+    lengths = tl.load(contexts + s, mask=s < num_seqs, other=0)
+    if MIXED:
+        end = tl.load(query_starts + s + 1, mask=s < num_seqs, other=0)
+        start = tl.load(query_starts + s, mask=s < num_seqs, other=0)
+        lengths = tl.where(end - start == 1, lengths, 0)
+    fair = tl.cdiv(tl.sum(lengths, 0) * num_kv, num_programs)
+    part = tl.maximum(tl.cdiv(fair, MIN_PART), 1) * MIN_PART
+    counts = tl.cdiv(lengths, part)
+    ends = tl.cumsum(counts, 0)
+    i = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    ended = (ends[None, :] <= i[:, None]) & (s < num_seqs)[None, :]
+    seq = tl.sum(ended.to(tl.int32), 1)
+    before = tl.sum(tl.where(ended, counts[None, :], 0), 1)
+    tl.store(items + i * 2, tl.where(seq < num_seqs, seq, -1), mask=i < bound)
+    tl.store(items + i * 2 + 1, i - before, mask=i < bound)
+    if tl.program_id(0) == 0:
+        tl.store(part_tokens, part)
+        tl.store(first_items + s, ends - counts, mask=s < num_seqs)
 
 
 @jit
@@ -89,10 +106,10 @@ def _attend_part(
         k = tl.load(
             keys + row[None, :] + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0
         )
-        scores = tl.dot(q_tile, k, input_precision="ieee") * scale
+        scores = tl.dot(q_tile, k, input_precision="ieee")
         scores = tl.where(seen[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
         fade = tl.exp2(top - new_top)
         v = tl.load(
             values + row[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
@@ -105,25 +122,22 @@ def _attend_part(
 
 @jit
 def _decode(
-    q, keys, values, out, partial, log_sums, page_table, query_starts, contexts, part_tokens,
-    scale, table_stride, max_parts,
+    q, keys, values, out, partial, log_sums, page_table, query_starts, contexts, part_tokens, items,
+    scale, table_stride,
     NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, MIXED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    seq, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    item, head = tl.program_id(1), tl.program_id(0)
+    seq = tl.load(items + item * 2)
+    if seq < 0:
+        return
     context = tl.load(contexts + seq)
     length = tl.load(part_tokens)
-    first = part * length
-    if first >= context:
-        return
-    row = tl.load(query_starts + seq)
-    if MIXED:
-        if tl.load(query_starts + seq + 1) - row != 1:
-            return
+    first = tl.load(items + item * 2 + 1) * length
+    row = tl.load(query_starts + seq).to(tl.int64)
     g, d = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (g < G) & (d < D)
-    at = (row.to(tl.int64) * NUM_KV + head) * G * D + g * D + d
+    at = (row * NUM_KV + head) * G * D + g * D + d
     q_tile = tl.load(q + at, mask=inside, other=0.0)
     mixed, top, total = _attend_part(
         q_tile, keys, values, page_table + seq.to(tl.int64) * table_stride, head,
@@ -134,7 +148,7 @@ def _decode(
     if context <= length:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     else:
-        place = (seq.to(tl.int64) * NUM_KV + head) * max_parts + part
+        place = item.to(tl.int64) * NUM_KV + head
         tl.store(partial + place * G * D + g * D + d, result, mask=inside)
         rows = tl.arange(0, BLOCK_M)
         tl.store(log_sums + place * G + rows, top + tl.log2(total), mask=rows < G)
@@ -142,8 +156,8 @@ def _decode(
 
 @jit
 def _merge(
-    partial, log_sums, out, query_starts, contexts, part_tokens,
-    NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MAX_PARTS: tl.constexpr,
+    partial, log_sums, out, query_starts, contexts, part_tokens, first_items,
+    NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     seq, head = tl.program_id(0), tl.program_id(1)
@@ -158,32 +172,33 @@ def _merge(
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     inside = (g < G)[:, None] & (d < D)[None, :]
     tile = g[:, None] * D + d[None, :]
-    place = (seq.to(tl.int64) * NUM_KV + head) * MAX_PARTS
-    parts = tl.arange(0, MAX_PARTS)
-    logs = tl.load(
-        log_sums + (place + parts)[None, :] * G + g[:, None],
-        mask=(parts * length < context)[None, :] & (g < G)[:, None], other=-float("inf"),
-    )  # fmt: skip
-    top = tl.where(g < G, tl.max(logs, 1), 0.0)
-    total = tl.sum(tl.exp2(logs - top[:, None]), 1)
+    first = tl.load(first_items + seq).to(tl.int64)
+    top = tl.full([BLOCK_G], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for part in range(tl.cdiv(context, length)):
-        log = tl.load(log_sums + (place + part) * G + g, mask=g < G, other=-float("inf"))
-        values = tl.load(partial + (place + part) * G * D + tile, mask=inside, other=0.0)
-        mixed += values * tl.exp2(log - top)[:, None]
-    result = mixed / tl.where(g < G, total, 1.0)[:, None]
+        place = (first + part) * NUM_KV + head
+        log = tl.load(log_sums + place * G + g, mask=g < G, other=0.0)
+        values = tl.load(partial + place * G * D + tile, mask=inside, other=0.0)
+        new_top = tl.maximum(top, log)
+        fade, weight = tl.exp2(top - new_top), tl.exp2(log - new_top)
+        total = total * fade + weight
+        mixed = mixed * fade[:, None] + values * weight[:, None]
+        top = new_top
     at = (row.to(tl.int64) * NUM_KV + head) * G * D + tile
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def plan_parts(
-    sequences: Sequences, buffers: DecodeBuffers, num_kv: int, num_sms: int, tuning: Tuning
+    sequences: Sequences, buffers: DecodeBuffers, num_kv: int, num_programs: int, *, mixed: bool
 ) -> None:
-    """Decide how long a part is in this step; one small kernel, once a step."""
-    _plan_parts[(1,)](
-        sequences.contexts, buffers.part_tokens, sequences.num_seqs, num_kv,
-        tuning.programs_per_sm * num_sms, buffers.max_parts,
-        MIN_PART=MIN_PART_TOKENS, SEQS=next_power_of_2(sequences.num_seqs),
+    """Decide how long a part is in this step, and list the parts; one small kernel, once a step."""
+    bound = buffers.items.shape[0]
+    _plan_parts[(cdiv(bound, ITEMS_PER_PROGRAM),)](
+        sequences.query_starts, sequences.contexts, buffers.part_tokens, buffers.items,
+        buffers.first_items, sequences.num_seqs, num_kv, num_programs, bound,
+        MIXED=mixed, MIN_PART=MIN_PART_TOKENS, SEQS=next_power_of_2(sequences.num_seqs),
+        ITEMS=ITEMS_PER_PROGRAM,
     )  # fmt: skip
 
 
@@ -203,18 +218,18 @@ def decode_attention(
     q, out [n, G, g, d]; keys, values [pages, G, block_tokens, d].
     """
     _, num_kv, g, d = q.shape
-    block_d, num_seqs = next_power_of_2(d), sequences.num_seqs
-    _decode[(num_seqs, num_kv, buffers.max_parts)](
-        q, keys, values, out, buffers.partial, buffers.log_sums,
-        sequences.page_table, sequences.query_starts, sequences.contexts, buffers.part_tokens,
-        d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0), buffers.max_parts,
+    block_d = next_power_of_2(d)
+    _decode[(num_kv, buffers.items.shape[0])](
+        q, keys, values, out, buffers.partial, buffers.log_sums, sequences.page_table,
+        sequences.query_starts, sequences.contexts, buffers.part_tokens, buffers.items,
+        d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0),
         NUM_KV=num_kv, G=g, D=d, PAGE=keys.shape[2],
         BLOCK_M=max(16, next_power_of_2(g)), BLOCK_N=tuning.block_n, BLOCK_D=block_d,
-        STAGES=tuning.num_stages, MIXED=mixed, num_warps=tuning.num_warps,
+        STAGES=tuning.num_stages, num_warps=tuning.num_warps,
     )  # fmt: skip
-    _merge[(num_seqs, num_kv)](
-        buffers.partial, buffers.log_sums, out,
-        sequences.query_starts, sequences.contexts, buffers.part_tokens,
-        NUM_KV=num_kv, G=g, D=d, MAX_PARTS=buffers.max_parts,
-        BLOCK_G=next_power_of_2(g), BLOCK_D=block_d, MIXED=mixed, num_warps=4,
+    _merge[(sequences.num_seqs, num_kv)](
+        buffers.partial, buffers.log_sums, out, sequences.query_starts, sequences.contexts,
+        buffers.part_tokens, buffers.first_items,
+        NUM_KV=num_kv, G=g, D=d, BLOCK_G=next_power_of_2(g), BLOCK_D=block_d, MIXED=mixed,
+        num_warps=4,
     )  # fmt: skip

@@ -9,10 +9,15 @@ too.
 
 Each pass reads the logits once, many programs a row:
 
-    top -> [top_k: 6 passes] -> sum -> [top_p: 6 passes, sum] -> pick
+    top -> sum -> [top_k: 6 passes, sum] -> [top_p: 6 passes, sum] -> pick
+
+A pass leaves, for each candidate, what each program found; the next kernel narrows the interval by
+it. What a pass reads and what it leaves are two copies that take turns.
 
 The uniform number is the same hash of (seed, position) as on CPU ranks.
 """
+
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -42,8 +47,8 @@ class DrawBuffers(NamedTuple):
     tops: torch.Tensor  # [m, parts] float32
     top_ids: torch.Tensor  # [m, parts] int32
     sums: torch.Tensor  # [m, parts] float32
-    floors: torch.Tensor  # [m, 2] int32: the floor is at least the first key, below the second
-    counted: torch.Tensor  # [m, parts, WAYS] float32
+    floors: torch.Tensor  # [2, m, 2] int32: the floor is at least the first key, below the second
+    found: torch.Tensor  # [2, m, parts, WAYS] float32: counted or added up at each candidate
     wanted: torch.Tensor  # [m] float32
 
 
@@ -55,7 +60,7 @@ def draw_buffers(max_draws: int, vocab: int, device: torch.device | str) -> Draw
 
     return DrawBuffers(
         make(max_draws, parts), make(max_draws, parts, dtype=torch.int32), make(max_draws, parts),
-        make(max_draws, 2, dtype=torch.int32), make(max_draws, parts, WAYS), make(max_draws),
+        make(2, max_draws, 2, dtype=torch.int32), make(2, max_draws, parts, WAYS), make(max_draws),
     )  # fmt: skip
 
 
@@ -115,11 +120,26 @@ def _top(logits, tops, top_ids, row_stride, vocab, PART: tl.constexpr):
 
 
 @jit
+def _narrowed(floors, found, i, parts, need, PARTS: tl.constexpr, WAYS: tl.constexpr):
+    """(floor, high) after a pass: from the last candidate with enough above it to the next one."""
+    floor, high = tl.load(floors + i * 2), tl.load(floors + i * 2 + 1)
+    low = tl.maximum(floor, _LOWEST)
+    p, ways = tl.arange(0, PARTS), tl.arange(0, WAYS)
+    at = found + (i * parts + p)[:, None] * WAYS + ways[None, :]
+    above = tl.sum(tl.load(at, mask=(p < parts)[:, None], other=0.0), 0)
+    step = tl.maximum((high - low) // WAYS, 1)
+    enough = tl.sum((above >= need).to(tl.int32), 0)
+    new_floor = tl.where(enough > 0, tl.minimum(low + enough * step, _HIGHEST), floor)
+    new_high = tl.where(enough < WAYS, tl.minimum(high, low + (enough + 1) * step), high)
+    return tl.where(need > 0, new_floor, floor), tl.where(need > 0, new_high, high)
+
+
+@jit
 def _sum(
-    logits, table, slots, tops, top_ids, floors, sums, row_stride, vocab, FIRST: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr,
+    logits, table, slots, tops, top_ids, floors, found, wanted, new_floors, sums, row_stride, vocab,
+    FIRST: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Weight of each part above the floor; FIRST: the floor is what min_p says."""
+    """Weight of each part above the floor: what min_p says (FIRST), or the last pass found."""
     i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = tl.num_programs(1)
     slot = tl.load(slots + i).to(tl.int64)
@@ -129,86 +149,71 @@ def _sum(
     temperature = load_float(line, 0)
     if temperature < _GREEDY_BELOW:
         return
-    top, _ = _best(tops, top_ids, i, parts, PARTS)
     if FIRST:
         floor = _key(load_float(line, 2))
-        if part == 0:
-            tl.store(floors + i * 2, floor)
     else:
-        floor = tl.load(floors + i * 2)
+        floor, _ = _narrowed(floors, found, i, parts, tl.load(wanted + i), PARTS, WAYS)
+    if part == 0:
+        tl.store(new_floors + i * 2, floor)
+    top, _ = _best(tops, top_ids, i, parts, PARTS)
     w = _weights(logits + i * row_stride, part * PART + tl.arange(0, PART), vocab, top, temperature)
     tl.store(sums + i * parts + part, tl.sum(tl.where(_key(w) >= floor, w, 0.0), 0))
 
 
 @jit
-def _start_search(
-    table, slots, sums, floors, wanted, vocab, parts, COUNTS: tl.constexpr, PARTS: tl.constexpr
-):
-    """What is wanted above the floor, and where to search it; 0 wants nothing: no search."""
-    i = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + i).to(tl.int64)
+def _need(line, sums, i, parts, vocab, COUNTS: tl.constexpr, PARTS: tl.constexpr):
+    """How many, or how much, is wanted above the floor; 0: this draw searches nothing."""
     need = 0.0
-    if slot >= 0:
-        line = table + slot * _LINE
-        if load_float(line, 0) >= _GREEDY_BELOW:
-            if COUNTS:
-                top_k = tl.load(line + 6)
-                if (top_k > 0) & (top_k < vocab):
-                    need = top_k.to(tl.float32)
-            else:
-                top_p = load_float(line, 1)
-                if top_p < 1.0:
-                    p = tl.arange(0, PARTS)
-                    total = tl.sum(tl.load(sums + i * parts + p, mask=p < parts, other=0.0), 0)
-                    need = tl.maximum(top_p, 1e-30) * total
-    tl.store(wanted + i, need)
-    tl.store(floors + i * 2 + 1, _HIGHEST + 1)
+    if load_float(line, 0) >= _GREEDY_BELOW:
+        if COUNTS:
+            top_k = tl.load(line + 6)
+            if (top_k > 0) & (top_k < vocab):
+                need = top_k.to(tl.float32)
+        else:
+            top_p = load_float(line, 1)
+            if top_p < 1.0:
+                p = tl.arange(0, PARTS)
+                total = tl.sum(tl.load(sums + i * parts + p, mask=p < parts, other=0.0), 0)
+                need = tl.maximum(top_p, 1e-30) * total
+    return need
 
 
 @jit
 def _search(
-    logits, table, slots, tops, top_ids, floors, counted, wanted, row_stride, vocab,
-    COUNTS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, WAYS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, table, slots, tops, top_ids, sums, floors, found, wanted, new_floors, new_found,
+    row_stride, vocab, FIRST: tl.constexpr, COUNTS: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """Count, or add up, what lies at or above each of WAYS candidates."""
     i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = tl.num_programs(1)
-    if tl.load(wanted + i) == 0.0:
+    slot = tl.load(slots + i).to(tl.int64)
+    if slot < 0:
         return
-    low = tl.maximum(tl.load(floors + i * 2), _LOWEST)
-    step = tl.maximum((tl.load(floors + i * 2 + 1) - low) // WAYS, 1)
-    ways = tl.arange(0, WAYS)
-    candidates = low + (ways + 1) * step
-    top, _ = _best(tops, top_ids, i, parts, PARTS)
-    temperature = load_float(table + tl.load(slots + i).to(tl.int64) * _LINE, 0)
-    found = tl.zeros([BLOCK, WAYS], tl.float32)
-    for first in range(0, PART, BLOCK):
-        at = part * PART + first + tl.arange(0, BLOCK)
-        w = _weights(logits + i * row_stride, at, vocab, top, temperature)
-        one = w * 0.0 + 1.0 if COUNTS else w
-        found += tl.where(_key(w)[:, None] >= candidates[None, :], one[:, None], 0.0)
-    tl.store(counted + (i * parts + part) * WAYS + ways, tl.sum(found, 0))
-
-
-@jit
-def _narrow(floors, counted, wanted, parts, PARTS: tl.constexpr, WAYS: tl.constexpr):
-    """Keep the interval between the last candidate with enough above it and the next one."""
-    i = tl.program_id(0).to(tl.int64)
-    need = tl.load(wanted + i)
+    line = table + slot * _LINE
+    if FIRST:
+        need = _need(line, sums, i, parts, vocab, COUNTS, PARTS)
+        floor, high = tl.load(floors + i * 2), _HIGHEST + 1
+        if part == 0:
+            tl.store(wanted + i, need)
+    else:
+        need = tl.load(wanted + i)
+        floor, high = _narrowed(floors, found, i, parts, need, PARTS, WAYS)
+    if part == 0:
+        tl.store(new_floors + i * 2, floor)
+        tl.store(new_floors + i * 2 + 1, high)
     if need == 0.0:
         return
-    low = tl.maximum(tl.load(floors + i * 2), _LOWEST)
-    high = tl.load(floors + i * 2 + 1)
-    p, ways = tl.arange(0, PARTS), tl.arange(0, WAYS)
-    at = counted + (i * parts + p)[:, None] * WAYS + ways[None, :]
-    above = tl.sum(tl.load(at, mask=(p < parts)[:, None], other=0.0), 0)
+    low = tl.maximum(floor, _LOWEST)
     step = tl.maximum((high - low) // WAYS, 1)
-    enough = tl.sum((above >= need).to(tl.int32), 0)
-    if enough > 0:
-        tl.store(floors + i * 2, tl.minimum(low + enough * step, _HIGHEST))
-    if enough < WAYS:
-        tl.store(floors + i * 2 + 1, tl.minimum(high, low + (enough + 1) * step))
+    top, _ = _best(tops, top_ids, i, parts, PARTS)
+    at = part * PART + tl.arange(0, PART)
+    w = _weights(logits + i * row_stride, at, vocab, top, load_float(line, 0))
+    key = _key(w)
+    for way in tl.static_range(WAYS):
+        above = key >= low + (way + 1) * step
+        amount = tl.sum(above.to(tl.float32) if COUNTS else tl.where(above, w, 0.0), 0)
+        tl.store(new_found + (i * parts + part) * WAYS + way, amount)
 
 
 @jit
@@ -250,61 +255,73 @@ def draw(
 ) -> None:
     """Draw a token for each row of float32 `logits` [m, V] (already shaped) into `out` [m].
 
-    table from `sampling_table`; slots (-1: padding, drawn greedily) and positions (of the token to
+    table from `sampling_table`; slots (-1: padding) and positions (of the token to
     be drawn) are [m] int32. Draws that need less than `needs` are still drawn by their own rules.
     """
     m, vocab = logits.shape
     assert logits.dtype == torch.float32
     parts = cdiv(vocab, PART)
-    size = {"PARTS": next_power_of_2(parts), "PART": PART}
+    size = {"PARTS": next_power_of_2(parts), "PART": PART, "num_warps": 8}
     b, stride = buffers, logits.stride(0)
     _top[(m, parts)](logits, b.tops, b.top_ids, stride, vocab, PART=PART, num_warps=8)
+    turn = 0
     if needs.random:
-        _sum_up(logits, table, slots, b, first=True)
-        if needs.top_k:
-            _search_floor(logits, table, slots, b, counts=True)
-            _sum_up(logits, table, slots, b, first=False)
-        if needs.top_p:
-            _search_floor(logits, table, slots, b, counts=False)
-            _sum_up(logits, table, slots, b, first=False)
+        turn = _sum_up(logits, table, slots, b, turn, first=True)
+        for counts in (True,) * needs.top_k + (False,) * needs.top_p:
+            turn = _search_floor(logits, table, slots, b, turn, counts=counts)
+            turn = _sum_up(logits, table, slots, b, turn, first=False)
     _pick[(m,)](
-        logits, table, slots, positions, b.tops, b.top_ids, b.floors, b.sums, out, stride, vocab,
-        parts, RANDOM=needs.random, num_warps=8, **size,
+        logits, table, slots, positions, b.tops, b.top_ids, b.floors[turn], b.sums, out, stride,
+        vocab, parts, RANDOM=needs.random, **size,
     )  # fmt: skip
 
 
 def _sum_up(
-    logits: torch.Tensor, table: torch.Tensor, slots: torch.Tensor, b: DrawBuffers, *, first: bool
-) -> None:
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    b: DrawBuffers,
+    turn: int,
+    *,
+    first: bool,
+) -> int:
+    """Reads the copies of `turn`; returns which copy it left the floors in."""
     m, vocab = logits.shape
     parts = cdiv(vocab, PART)
     _sum[(m, parts)](
-        logits, table, slots, b.tops, b.top_ids, b.floors, b.sums, logits.stride(0), vocab,
-        FIRST=first, PART=PART, PARTS=next_power_of_2(parts), num_warps=8,
+        logits, table, slots, b.tops, b.top_ids, b.floors[turn], b.found[turn], b.wanted,
+        b.floors[1 - turn], b.sums, logits.stride(0), vocab,
+        FIRST=first, PART=PART, PARTS=next_power_of_2(parts), WAYS=WAYS, num_warps=8,
     )  # fmt: skip
+    return 1 - turn
 
 
 def _search_floor(
-    logits: torch.Tensor, table: torch.Tensor, slots: torch.Tensor, b: DrawBuffers, *, counts: bool
-) -> None:
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    b: DrawBuffers,
+    turn: int,
+    *,
+    counts: bool,
+) -> int:
+    """All passes of a search, the first from the floors of `turn`; returns the copy of the last."""
     m, vocab = logits.shape
     parts = cdiv(vocab, PART)
-    padded = next_power_of_2(parts)
-    _start_search[(m,)](
-        table, slots, b.sums, b.floors, b.wanted, vocab, parts, COUNTS=counts, PARTS=padded
-    )
-    for _ in range(PASSES):
+    for i in range(PASSES):
         _search[(m, parts)](
-            logits, table, slots, b.tops, b.top_ids, b.floors, b.counted, b.wanted,
-            logits.stride(0), vocab,
-            COUNTS=counts, PART=PART, PARTS=padded, WAYS=WAYS, BLOCK=1024, num_warps=4,
+            logits, table, slots, b.tops, b.top_ids, b.sums, b.floors[turn], b.found[turn],
+            b.wanted, b.floors[1 - turn], b.found[1 - turn], logits.stride(0), vocab,
+            FIRST=i == 0, COUNTS=counts, PART=PART, PARTS=next_power_of_2(parts), WAYS=WAYS,
+            num_warps=8,
         )  # fmt: skip
-        _narrow[(m,)](b.floors, b.counted, b.wanted, parts, PARTS=padded, WAYS=WAYS)
+        turn = 1 - turn
+    return turn
 
 
 def greedy(logits: torch.Tensor, buffers: DrawBuffers, out: torch.Tensor) -> None:
     """The first of the largest logits of each row of float32 [m, V], into `out` [m]."""
-    slots = buffers.floors[:, 0]  # not read
+    slots = buffers.floors  # not read
     draw(logits, slots, slots, slots, SamplingNeeds(), buffers, out)
 
 

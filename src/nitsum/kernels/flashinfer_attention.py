@@ -16,7 +16,9 @@ from nitsum.errors import MissingDependency
 from nitsum.kernels.attention import HostLengths, Sequences
 from nitsum.kernels.language import jit, tl
 
-WORKSPACE_BYTES = 128 << 20
+DECODE_WORKSPACE_BYTES = 128 << 20
+CHUNK_WORKSPACE_BYTES = 512 << 20
+"""128 MiB do not hold the partial results of 2,048 tokens of 32 heads in a graph."""
 
 
 @jit
@@ -65,9 +67,10 @@ class FlashInferAttention:
         kernel: str = "fa2",
         workspace: torch.Tensor | None = None,
     ) -> None:
-        """`workspace` [WORKSPACE_BYTES] uint8 may be shared by all backends of a rank."""
+        """`workspace` uint8 may be shared by all backends of a rank."""
         if workspace is None:
-            workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            size = DECODE_WORKSPACE_BYTES if decode_only else CHUNK_WORKSPACE_BYTES
+            workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._decode_only = decode_only
         self._block_tokens = block_tokens
         self._heads = {

@@ -16,7 +16,7 @@ except ImportError as error:
         "Linux machine with an NVIDIA GPU, or serve with --device cpu."
     ) from error
 
-__all__ = ["cdiv", "jit", "next_power_of_2", "tl"]
+__all__ = ["cdiv", "jit", "next_power_of_2", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:

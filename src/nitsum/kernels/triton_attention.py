@@ -27,25 +27,25 @@ class TritonAttention:
         chunk_tuning: chunk.Tuning | None = None,
     ) -> None:
         self._num_kv = num_kv
-        self._decode_only = decode_only
-        self._num_sms = _num_sms(torch.device(device))
-        self._buffers = decode.decode_buffers(
-            num_seqs, num_kv, q_per_kv, head_dim, device, self._num_sms
-        )
+        self._mixed = not decode_only
         self._decode_tuning = decode_tuning or decode.Tuning()
         self._chunk_tuning = chunk_tuning or chunk.Tuning()
+        self._num_programs = self._decode_tuning.programs_per_sm * _num_sms(torch.device(device))
+        self._buffers = decode.decode_buffers(
+            num_seqs, num_kv, q_per_kv, head_dim, device, self._num_programs
+        )
         self._sequences: Sequences | None = None
 
     def plan(self, sequences: Sequences, lengths: HostLengths | None = None) -> None:
         self._sequences = sequences
         decode.plan_parts(
-            sequences, self._buffers, self._num_kv, self._num_sms, self._decode_tuning
+            sequences, self._buffers, self._num_kv, self._num_programs, mixed=self._mixed
         )
 
     def run(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     ) -> None:
-        sequences, mixed = self._sequences, not self._decode_only
+        sequences, mixed = self._sequences, self._mixed
         assert sequences is not None, "plan() comes first"
         decode.decode_attention(
             q, keys, values, sequences, self._buffers, out, mixed=mixed, tuning=self._decode_tuning

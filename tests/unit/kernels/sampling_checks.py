@@ -75,9 +75,12 @@ def check_floor(logits: torch.Tensor, request: SamplingParams) -> None:
     buffers = drawing.draw_buffers(m, vocab, DEVICE)
     out = torch.zeros(m, dtype=torch.int32, device=DEVICE)
     slots = ints(range(m))
-    drawing.draw(logits, table, slots, slots, tables.sampling_needs(request), buffers, out)
+    needs = tables.sampling_needs(request)
+    drawing.draw(logits, table, slots, slots, needs, buffers, out)
+    # Copies take turns: a sum, and for each search its passes and another sum.
+    floors = buffers.floors[(1 + (needs.top_k + needs.top_p) * (drawing.PASSES + 1)) % 2]
     weights = ((logits - logits.amax(-1, keepdim=True)) / request.temperature).exp()
-    kept = (weights.cpu().view(torch.int32) >> 11) >= buffers.floors[:, :1].cpu()
+    kept = (weights.cpu().view(torch.int32) >> 11) >= floors[:, :1].cpu()
     for row, ours in zip(logits.cpu(), kept, strict=True):
         probs = torch.softmax(row / request.temperature, -1, dtype=torch.float64)
         sampler.filter_probs(probs, request)
