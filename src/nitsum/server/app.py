@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from nitsum.engine.client import EngineClient
 from nitsum.errors import ApiError
-from nitsum.server import access, admin, batches, dashboard, files, info, logs
+from nitsum.server import access, admin, batches, dashboard, files, info, logs, openapi
 from nitsum.server.batchwork import open_work
 from nitsum.server.books import open_books
 from nitsum.server.chat import chat_completions
@@ -60,6 +60,7 @@ ROUTES = (
     Route("/admin/decisions", admin.decisions),
     Route("/admin/drain", admin.drain, methods=["POST"]),
     *dashboard.ROUTES,
+    *openapi.ROUTES,
 )
 
 
