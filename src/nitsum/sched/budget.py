@@ -26,18 +26,27 @@ def largest_chunk(
     """The largest chunk, up to `most` of the `num_left` tokens, for which the step takes at most
     `allowed_s`; 0 when not even one token fits."""
 
-    def fits(num_tokens: int) -> bool:
+    def seconds(num_tokens: int) -> float:
         samples = num_tokens == num_left
-        return step_time(with_prefill(shape, start, num_tokens, samples)) <= allowed_s
+        return step_time(with_prefill(shape, start, num_tokens, samples))
 
     high = min(num_left, most)
-    if high <= 0 or fits(high):
-        return max(high, 0)
-    low = 0  # fits, or is nothing at all; high does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
+    if high <= 0:
+        return 0
+    high_s = seconds(high)
+    if high_s <= allowed_s:
+        return high
+    low, low_s = 0, step_time(shape)
+    if low_s > allowed_s:
+        return 0
+    halve = False
+    while high - low > 1:  # low fits, high does not; times are nearly straight lines
+        way = 0.5 if halve else (allowed_s - low_s) / (high_s - low_s)
+        middle = min(max(low + int(way * (high - low)), low + 1), high - 1)
+        middle_s = seconds(middle)
+        if middle_s <= allowed_s:
+            low, low_s = middle, middle_s
         else:
-            high = middle
+            high, high_s = middle, middle_s
+        halve = not halve
     return low

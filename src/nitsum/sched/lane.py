@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -334,10 +333,10 @@ class LaneScheduler:
         accounts = self.setting.accounts
         if all(account.num_tenants < 2 for account in accounts.values()):
             return
-        counts = Counter(
-            (chunk.sequence.tier, chunk.sequence.request.tenant)
-            for chunk in step.chunks
-            if chunk.samples
-        )
+        counts: dict[tuple[str, str], int] = {}
+        for sequence, _, _, samples in step.chunks:
+            if samples:
+                key = sequence.tier, sequence.request.tenant
+                counts[key] = counts.get(key, 0) + 1
         for (tier, tenant), count in counts.items():
             accounts[tier].charge_answers([(tenant, count)])
