@@ -47,6 +47,7 @@ def main() -> None:
         attempt(figures, "fill", lambda: fill(figures, rank))
         for batch in (1, 8, 32, 64, 128, 256):
             attempt(figures, f"decode {batch}", lambda b=batch: decode(figures, rank, b))
+        attempt(figures, "host", lambda: host_profile(rank))
         attempt(figures, "profile", lambda: profile(rank, args.out))
     (args.out / "probe.json").write_text(json.dumps(figures, indent=1))
 
@@ -228,16 +229,33 @@ def profile(rank: Rank, out: Path) -> None:
 
     from nitsum.messages import Work
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        rank.send([Work(slot, CONTEXT, 1, True) for slot in range(64)])
-        rank.wait(1)
-        torch.cuda.synchronize()
-    write(profiler, out / "decode64.txt")
+    for batch in (1, 64):
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            rank.send([Work(slot, CONTEXT, 1, True) for slot in range(batch)])
+            rank.wait(1)
+            torch.cuda.synchronize()
+        write(profiler, out / f"decode{batch}.txt")
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         rank.send([Work(300, 0, 2048, True)], [join_of(300, 2048)], [pages_of(300, 2048)])
         rank.wait(1)
         torch.cuda.synchronize()
     write(profiler, out / "prefill2048.txt")
+
+
+def host_profile(rank: Rank) -> None:
+    """Where the host's time of a decode step of 64 goes."""
+    import cProfile
+    import pstats
+
+    from nitsum.messages import Work
+
+    profiler = cProfile.Profile()
+    for i in range(40):
+        profiler.enable()
+        rank.send([Work(slot, CONTEXT + i, 1, True) for slot in range(64)])
+        profiler.disable()
+        rank.wait(1)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(16)
 
 
 def write(profiler: Any, path: Path) -> None:

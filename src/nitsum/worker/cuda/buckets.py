@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nitsum.messages import Work
 
-DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Padding costs little: decode reads weights, not rows, until a few hundred sequences."""
 
 CHUNK_TOKENS = (*range(128, 1024, 128), *range(1024, 2049, 256))
@@ -28,7 +28,7 @@ class StepShape(NamedTuple):
 
 
 def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Ascending; the last one holds every decode batch the engine sends, up to 256."""
+    """Ascending; the last one holds every decode batch the engine sends, up to 512."""
     below = [size for size in DECODE_SIZES if size < max_num_seqs]
     return (*below, min(max_num_seqs, DECODE_SIZES[-1]))
 
