@@ -277,17 +277,15 @@ def chunk_cases() -> Iterator[AttentionCase]:
 
 
 DECODE_TUNINGS = {
-    "n128w4s3": decode.Tuning(),
+    "n128w4s3_p2": decode.Tuning(programs_per_sm=2),
     "n128w4s3_p3": decode.Tuning(programs_per_sm=3),
+    "n128w4s3_p4": decode.Tuning(programs_per_sm=4),
     "n128w4s3_p6": decode.Tuning(programs_per_sm=6),
-    "n128w4s3_p12": decode.Tuning(programs_per_sm=12),
-    "n128w8s3": decode.Tuning(128, 8, 3),
     "n64w4s3_p6": decode.Tuning(64, 4, 3, 6),
 }
 CHUNK_TUNINGS = {
-    "m128n64w8s3": chunk.Tuning(128, 64, 8, 3),
+    "m128n128w8s3": chunk.Tuning(),
     "m128n128w8s2": chunk.Tuning(128, 128, 8, 2),
-    "m128n128w8s3": chunk.Tuning(128, 128, 8, 3),
     "m64n64w4s3": chunk.Tuning(64, 64, 4, 3),
 }
 

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from nitsum.errors import MissingDependency
-from nitsum.kernels.attention import AttentionBackend
+from nitsum.kernels.attention import AttentionBackend, Sequences
 from nitsum.kernels.flash3_attention import Flash3Attention
 from nitsum.kernels.flashinfer_attention import FlashInferAttention
 from nitsum.request import SamplingParams
@@ -98,7 +98,8 @@ def test_one_graph_serves_any_lengths() -> None:
     backend = checks.triton_backend(second, decode_only=True)
     q, out = torch.zeros_like(second.q), torch.zeros_like(second.q)
     keys, values = torch.zeros_like(second.keys), torch.zeros_like(second.values)
-    sequences = second.sequences
+    s = second.sequences
+    sequences = Sequences(s.query_starts, s.contexts.clone(), s.page_table.clone())
     backend.plan(sequences)
     backend.run(q, keys, values, out)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -21,7 +21,7 @@ class Tuning(NamedTuple):
     """How one chunk program is shaped."""
 
     block_m: int = 128
-    block_n: int = 64
+    block_n: int = 128
     num_warps: int = 8
     num_stages: int = 3
 

@@ -24,6 +24,7 @@ from nitsum.kernels.language import cdiv, jit, next_power_of_2, tl
 
 MIN_PART_TOKENS = 128
 ITEMS_PER_PROGRAM = 32
+MERGED_AT_ONCE = 16
 
 
 class Tuning(NamedTuple):
@@ -32,14 +33,14 @@ class Tuning(NamedTuple):
     block_n: int = 128
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 4
+    programs_per_sm: int = 3
 
 
 class DecodeBuffers(NamedTuple):
     """Scratch of one bucket: shared by all layers, made once."""
 
     part_tokens: torch.Tensor  # [1] int32: how long a part is
-    items: torch.Tensor  # [bound, 2] int32: (sequence or -1, part)
+    items: torch.Tensor  # [bound, 8] int32: sequence or -1, row, first, last, is whole; unused
     first_items: torch.Tensor  # [s] int32: where a sequence's parts begin
     partial: torch.Tensor  # [bound, G, g, d] float32
     log_sums: torch.Tensor  # [bound, G, g] float32, base 2
@@ -57,7 +58,7 @@ def decode_buffers(
 
     partial = torch.empty(bound, num_kv, q_per_kv, head_dim, device=device)
     log_sums = torch.empty(bound, num_kv, q_per_kv, device=device)
-    return DecodeBuffers(ints(1), ints(bound, 2), ints(num_seqs), partial, log_sums)
+    return DecodeBuffers(ints(1), ints(bound, 8), ints(num_seqs), partial, log_sums)
 
 
 @jit
@@ -80,8 +81,14 @@ def _plan_parts(
     ended = (ends[None, :] <= i[:, None]) & (s < num_seqs)[None, :]
     seq = tl.sum(ended.to(tl.int32), 1)
     before = tl.sum(tl.where(ended, counts[None, :], 0), 1)
-    tl.store(items + i * 2, tl.where(seq < num_seqs, seq, -1), mask=i < bound)
-    tl.store(items + i * 2 + 1, i - before, mask=i < bound)
+    listed = (seq < num_seqs) & (i < bound)
+    length = tl.load(contexts + seq, mask=listed, other=0)
+    first = (i - before) * part
+    tl.store(items + i * 8, tl.where(listed, seq, -1), mask=i < bound)
+    tl.store(items + i * 8 + 1, tl.load(query_starts + seq, mask=listed, other=0), mask=listed)
+    tl.store(items + i * 8 + 2, first, mask=listed)
+    tl.store(items + i * 8 + 3, tl.minimum(first + part, length), mask=listed)
+    tl.store(items + i * 8 + 4, (length <= part).to(tl.int32), mask=listed)
     if tl.program_id(0) == 0:
         tl.store(part_tokens, part)
         tl.store(first_items + s, ends - counts, mask=s < num_seqs)
@@ -122,30 +129,28 @@ def _attend_part(
 
 @jit
 def _decode(
-    q, keys, values, out, partial, log_sums, page_table, query_starts, contexts, part_tokens, items,
-    scale, table_stride,
+    q, keys, values, out, partial, log_sums, page_table, items, scale, table_stride,
     NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(1), tl.program_id(0)
-    seq = tl.load(items + item * 2)
+    seq = tl.load(items + item * 8)
+    row = tl.load(items + item * 8 + 1).to(tl.int64)
+    first = tl.load(items + item * 8 + 2)
+    last = tl.load(items + item * 8 + 3)
+    is_whole = tl.load(items + item * 8 + 4)
     if seq < 0:
         return
-    context = tl.load(contexts + seq)
-    length = tl.load(part_tokens)
-    first = tl.load(items + item * 2 + 1) * length
-    row = tl.load(query_starts + seq).to(tl.int64)
     g, d = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (g < G) & (d < D)
     at = (row * NUM_KV + head) * G * D + g * D + d
     q_tile = tl.load(q + at, mask=inside, other=0.0)
     mixed, top, total = _attend_part(
-        q_tile, keys, values, page_table + seq.to(tl.int64) * table_stride, head,
-        first, tl.minimum(first + length, context), scale,
-        NUM_KV, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+        q_tile, keys, values, page_table + seq.to(tl.int64) * table_stride, head, first, last,
+        scale, NUM_KV, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     result = mixed / total[:, None]
-    if context <= length:
+    if is_whole != 0:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     else:
         place = item.to(tl.int64) * NUM_KV + head
@@ -157,36 +162,39 @@ def _decode(
 @jit
 def _merge(
     partial, log_sums, out, query_starts, contexts, part_tokens, first_items,
-    NUM_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, MIXED: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
+    """One query head of one sequence, several parts at a time."""
     seq, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + seq)
     length = tl.load(part_tokens)
+    first = tl.load(first_items + seq)
+    row = tl.load(query_starts + seq)
     if context <= length:
         return
-    row = tl.load(query_starts + seq)
     if MIXED:
         if tl.load(query_starts + seq + 1) - row != 1:
             return
-    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    inside = (g < G)[:, None] & (d < D)[None, :]
-    tile = g[:, None] * D + d[None, :]
-    first = tl.load(first_items + seq).to(tl.int64)
-    top = tl.full([BLOCK_G], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for part in range(tl.cdiv(context, length)):
-        place = (first + part) * NUM_KV + head
-        log = tl.load(log_sums + place * G + g, mask=g < G, other=0.0)
-        values = tl.load(partial + place * G * D + tile, mask=inside, other=0.0)
-        new_top = tl.maximum(top, log)
-        fade, weight = tl.exp2(top - new_top), tl.exp2(log - new_top)
-        total = total * fade + weight
-        mixed = mixed * fade[:, None] + values * weight[:, None]
+    d = tl.arange(0, BLOCK_D)
+    top = -float("inf")
+    total = 0.0
+    mixed = tl.zeros([BLOCK_D], tl.float32)
+    count = tl.cdiv(context, length)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = (first + part).to(tl.int64) * HEADS + head
+        logs = tl.load(log_sums + place, mask=part < count, other=-float("inf"))
+        inside = (part < count)[:, None] & (d < D)[None, :]
+        values = tl.load(partial + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(logs, 0))
+        weights = tl.exp2(logs - new_top)
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 0)
+        mixed = mixed * fade + tl.sum(values * weights[:, None], 0)
         top = new_top
-    at = (row.to(tl.int64) * NUM_KV + head) * G * D + tile
-    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    at = (row.to(tl.int64) * HEADS + head) * D + d
+    tl.store(out + at, (mixed / total).to(out.dtype.element_ty), mask=d < D)
 
 
 def plan_parts(
@@ -221,15 +229,13 @@ def decode_attention(
     block_d = next_power_of_2(d)
     _decode[(num_kv, buffers.items.shape[0])](
         q, keys, values, out, buffers.partial, buffers.log_sums, sequences.page_table,
-        sequences.query_starts, sequences.contexts, buffers.part_tokens, buffers.items,
-        d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0),
+        buffers.items, d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0),
         NUM_KV=num_kv, G=g, D=d, PAGE=keys.shape[2],
         BLOCK_M=max(16, next_power_of_2(g)), BLOCK_N=tuning.block_n, BLOCK_D=block_d,
         STAGES=tuning.num_stages, num_warps=tuning.num_warps,
     )  # fmt: skip
-    _merge[(sequences.num_seqs, num_kv)](
+    _merge[(sequences.num_seqs, num_kv * g)](
         buffers.partial, buffers.log_sums, out, sequences.query_starts, sequences.contexts,
         buffers.part_tokens, buffers.first_items,
-        NUM_KV=num_kv, G=g, D=d, BLOCK_G=next_power_of_2(g), BLOCK_D=block_d, MIXED=mixed,
-        num_warps=4,
+        HEADS=num_kv * g, D=d, BLOCK_D=block_d, PARTS=MERGED_AT_ONCE, MIXED=mixed, num_warps=2,
     )  # fmt: skip

@@ -28,8 +28,9 @@ class TritonAttention:
     ) -> None:
         self._num_kv = num_kv
         self._mixed = not decode_only
-        self._decode_tuning = decode_tuning or decode.Tuning()
-        self._chunk_tuning = chunk_tuning or chunk.Tuning()
+        block_n = 128 if head_dim <= 128 else 64  # of wider heads, more do not fit shared memory
+        self._decode_tuning = decode_tuning or decode.Tuning(block_n)
+        self._chunk_tuning = chunk_tuning or chunk.Tuning(block_n=block_n)
         self._num_programs = self._decode_tuning.programs_per_sm * _num_sms(torch.device(device))
         self._buffers = decode.decode_buffers(
             num_seqs, num_kv, q_per_kv, head_dim, device, self._num_programs

@@ -39,13 +39,13 @@ def check_sampling(
     order = list(reversed(range(m)))
     slots, where = ints([*order, -1]), ints([*(positions[i] for i in order), 0])
     draws = [Draw(requests[i], rows[i, : positions[i]], num_prompt, None) for i in order]
-    expected_logits = sampler._shaped(logits[:m].cpu(), draws)
+    expected_logits = [shaped_slowly(*pair) for pair in zip(logits[:m].cpu(), draws, strict=True)]
     expected = sampler.sample(logits[:m].cpu(), draws).tokens
 
     counts = torch.zeros(m + 1, vocab, dtype=torch.int32, device=DEVICE)
     shaped = logits.clone()
     shape_logits(shaped, rows.to(DEVICE), table, slots, where, counts, length)
-    torch.testing.assert_close(shaped[:m].cpu(), expected_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shaped[:m].cpu(), torch.stack(expected_logits), rtol=1e-5, atol=1e-5)
     assert torch.equal(shaped[m], logits[m])
     assert not counts.any(), "the scratch is zero again"
 
@@ -58,6 +58,22 @@ def check_sampling(
         drawing.draw(shaped, table, slots, where, needs, buffers, tokens)
         assert tokens[:m].tolist() == expected
         assert int(tokens[m]) == int(logits[m].argmax())
+
+
+def shaped_slowly(row: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """What penalties, biases and masks mean, one token at a time."""
+    s, row, answer = draw.sampling, row.clone(), draw.row[draw.num_prompt :].tolist()
+    for token in set(draw.row.tolist()):
+        factor = s.repetition_penalty
+        row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
+        if token in answer:
+            row[token] -= s.presence_penalty + s.frequency_penalty * answer.count(token)
+    for token, bias in s.logit_bias.items():
+        if token < len(row):
+            row[token] += bias
+    if len(answer) < s.min_tokens:
+        row[[token for token in s.stop_token_ids if token < len(row)]] = -torch.inf
+    return row
 
 
 def check_greedy(m: int, vocab: int, seed: int) -> None:
