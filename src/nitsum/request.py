@@ -38,6 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Teacher forcing, for verification: the first tokens of the answer are these."""
     return_logits: bool = False
     """For verification: float32 logits of each sampled position come back with its token."""
+    grammar: str | None = None
+    """What the answer must match, in llguidance's notation; it ends where the grammar does."""
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -39,6 +39,7 @@ from nitsum.server.shapes import (
     TopLogprob,
     Usage,
 )
+from nitsum.server.structured import answer_grammar
 from nitsum.server.template import ChatTemplate
 from nitsum.server.tokenizer import NoTokenizer, TextCodec, no_tokenizer
 from nitsum.server.tools import ToolCallParser
@@ -64,6 +65,9 @@ async def _job(http: HttpRequest, service: Service, body: ChatBody) -> Job:
     )
     room = room_for_answer(len(prompt), service.limits, "messages")
     params = sampling_params(body, room, service.limits)
+    grammar = await answer_grammar(service, body, tools)
+    if grammar is not None:
+        params = msgspec.structs.replace(params, grammar=grammar)
     job_id, num_copies = new_id("chatcmpl"), body.n or 1
     requests = engine_requests(job_id, [prompt], [params], num_copies, caller, body.priority or 0)
     answers = [_answer(i, request, service, body, tools) for i, request in enumerate(requests)]

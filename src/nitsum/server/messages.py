@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -93,12 +93,10 @@ def offered_tools(body: ChatBody, template: ChatTemplate) -> list[Tool]:
     tools = body.tools or []
     for place, tool in enumerate(tools):
         _check_tool(tool, f"tools[{place}]")
-    choice = "auto" if body.tool_choice is None else body.tool_choice
-    if choice == "none":
+    if body.tool_choice == "none":
         return []
-    if choice != "auto":
-        raise _unsupported(f"tool_choice {json.dumps(choice)}", "tool_choice")
-    if body.tool_choice == "auto" and not tools:
+    forced_tools(body)
+    if body.tool_choice is not None and not tools:
         raise bad_request("tool_choice needs tools.", "tool_choice")
     if tools and not template.takes_tools:
         raise bad_request(
@@ -109,11 +107,26 @@ def offered_tools(body: ChatBody, template: ChatTemplate) -> list[Tool]:
     return tools
 
 
+def forced_tools(body: ChatBody) -> list[str] | None:
+    """Names of the tools of which the answer must call one; None where it may do without."""
+    choice = body.tool_choice
+    names = [tool.function.name for tool in body.tools or [] if tool.function is not None]
+    if choice in (None, "auto", "none"):
+        return None
+    if choice == "required":
+        return names
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        raise _unsupported(f"tool_choice {json.dumps(choice)}", "tool_choice")
+    function = choice.get("function")
+    name = cast("dict[str, object]", function).get("name") if isinstance(function, dict) else None
+    if name not in names:
+        raise bad_request("tool_choice names no tool of this call.", "tool_choice")
+    return [str(name)]
+
+
 def _check_tool(tool: Tool, where: str) -> None:
     if tool.type != "function" or tool.function is None:
         raise _unsupported(f"A tool of type {tool.type!r} (without a function)", f"{where}.type")
-    if tool.function.strict:
-        raise _unsupported("strict: true", f"{where}.function.strict")
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:

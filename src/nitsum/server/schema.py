@@ -105,6 +105,19 @@ class Tool(msgspec.Struct):
     function: FunctionTool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    schema: dict[str, Any] | bool | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """Schemas are kept to in any case."""
+
+
+class ResponseFormat(msgspec.Struct):
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
 class ChatBody(CommonBody, kw_only=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
@@ -113,6 +126,7 @@ class ChatBody(CommonBody, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -153,7 +167,6 @@ _COMMON_REFUSED: Mapping[str, tuple[object, ...]] = {
     "prompt_cache_retention": ("in_memory",),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -181,6 +194,7 @@ CHAT_REFUSED: Mapping[str, tuple[object, ...]] = {
 COMPLETION_REFUSED: Mapping[str, tuple[object, ...]] = {
     **_COMMON_REFUSED,
     "add_special_tokens": (True,),
+    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 NOTHING_REFUSED: Mapping[str, tuple[object, ...]] = {}

@@ -28,6 +28,8 @@ class TextCodec(Protocol):
     eos_id: int | None
     max_token_chars: int | None
     """Characters one token can stand for at most, where that is known."""
+    added_tokens: frozenset[str]
+    """Texts that are one token each, however they are split elsewhere."""
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids; `param` is the field that an `ApiError` names."""
@@ -70,6 +72,7 @@ class TokenizerCodec:
         self.bos_id = self._id_of(special_tokens.get("bos_token"))
         self.eos_id = self._id_of(special_tokens.get("eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens = frozenset(token.content for token in added.values())
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         parts = _decoder_parts(read_json(folder / "tokenizer.json").get("decoder"))
         self._is_byte_level = "ByteLevel" in parts
@@ -130,6 +133,7 @@ class NoTokenizer:
     bos_id: int | None = None
     eos_id: int | None = None
     max_token_chars: int | None = None
+    added_tokens: frozenset[str] = frozenset()
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         raise no_tokenizer(param)

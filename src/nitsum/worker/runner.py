@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from nitsum.shape import Geometry
 from nitsum.shared import Progress, Region, Shared, comm_layout, row_tokens
 from nitsum.worker import arena as arenas
 from nitsum.worker.comm import GroupComm
+from nitsum.worker.grammar import GrammarMasks
 from nitsum.worker.move import Mover
 from nitsum.worker.sampler import Drawn, sample
 from nitsum.worker.slots import Slots, map_rows
@@ -39,6 +41,7 @@ class Runner:
         rows = [map_rows(region, spec.max_slots, row_tokens(spec)) for region in shared.rows]
         self._pages = {group: kv[spec.rank].pages(group.degree) for group in self._comms}
         self._slots = Slots(rows[spec.rank], spec.block_tokens)
+        self._grammars = GrammarMasks(Path(spec.model))
         self._mover = Mover(
             spec.rank,
             kv,
@@ -91,7 +94,8 @@ class Runner:
     def _sample(self, step: Step, comm: GroupComm, logits: torch.Tensor) -> Drawn | None:
         """The leader draws; every rank writes the tokens into its rows. None but on the leader."""
         num_samples = logits.shape[0]
-        drawn = sample(logits, self._slots.draws(step.work)) if comm.is_leader else None
+        draws = self._slots.draws(step.work)
+        drawn = sample(logits, draws, self._grammars) if comm.is_leader else None
         if num_samples:
             tokens = comm.broadcast(None if drawn is None else drawn.tokens, num_samples)
             self._slots.record(step.work, tokens)

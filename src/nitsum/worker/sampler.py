@@ -1,6 +1,6 @@
 """Drawing tokens on CPU ranks: functions of the logits, the row and the request's parameters.
 
-    logits -> bias, masked stop tokens, penalties -> argmax, or
+    logits -> penalties, bias, masked stop tokens, grammar -> argmax, or
               temperature -> min_p -> top_k -> top_p -> inverse of the cumulative sum
 
 The uniform number is a hash of (seed, position): a request that is moved, paused or replayed draws
@@ -16,6 +16,7 @@ import torch
 
 from nitsum.messages import TokenLogprobs
 from nitsum.request import SamplingParams
+from nitsum.worker.grammar import GrammarMasks
 from nitsum.worker.slots import Draw
 
 GREEDY_BELOW = 1e-5
@@ -32,9 +33,14 @@ class Drawn(NamedTuple):
     logits: list[bytes | None]
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Drawn:
-    """Draw from float32 `logits` [m, V], one row a draw; `logits` stays as it is."""
-    tokens = _draw_all(logits, draws)
+def sample(
+    logits: torch.Tensor, draws: Sequence[Draw], grammars: GrammarMasks | None = None
+) -> Drawn:
+    """Draw from float32 `logits` [m, V], one row a draw; `logits` stays as it is.
+
+    `grammars` is needed where a draw has a grammar.
+    """
+    tokens = _draw_all(logits, draws, grammars)
     return Drawn(tokens, _all_logprobs(logits, draws, tokens), _all_logits(logits, draws))
 
 
@@ -58,9 +64,11 @@ def _mix(value: int) -> int:
 # --- drawing -----------------------------------------------------------------------------------
 
 
-def _draw_all(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _draw_all(
+    logits: torch.Tensor, draws: Sequence[Draw], grammars: GrammarMasks | None
+) -> list[int]:
     if any(_shapes_logits(draw) for draw in draws):
-        logits = _shaped(logits, draws)
+        logits = _shaped(logits, draws, grammars)
     tokens: list[int] = logits.argmax(-1).tolist()
     random = [i for i, draw in enumerate(draws) if _is_random(draw)]
     if random:
@@ -131,15 +139,22 @@ def _shapes_logits(draw: Draw) -> bool:
         or s.frequency_penalty
         or s.repetition_penalty != 1.0
         or _masks_stops(draw)
+        or _has_grammar(draw)
     )
+
+
+def _has_grammar(draw: Draw) -> bool:
+    return draw.sampling.grammar is not None and draw.known is None
 
 
 def _masks_stops(draw: Draw) -> bool:
     return len(draw.row) - draw.num_prompt < draw.sampling.min_tokens
 
 
-def _shaped(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """A copy of `logits` with each draw's bias, mask and penalties applied."""
+def _shaped(
+    logits: torch.Tensor, draws: Sequence[Draw], grammars: GrammarMasks | None
+) -> torch.Tensor:
+    """A copy of `logits` with each draw's penalties, bias and masks applied."""
     shaped = logits.clone()
     for row, draw in zip(shaped, draws, strict=True):
         if _shapes_logits(draw):
@@ -147,6 +162,9 @@ def _shaped(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
             _add_bias(row, draw.sampling.logit_bias)
             if _masks_stops(draw):
                 row[_within(draw.sampling.stop_token_ids, len(row))] = -torch.inf
+            if _has_grammar(draw):
+                assert grammars is not None
+                grammars.forbid(row, draw)
     return shaped
 
 

@@ -33,6 +33,8 @@ class Draw(NamedTuple):
     num_prompt: int
     known: int | None
     """The token is given (replay, teacher forcing)."""
+    slot: int = -1
+    """Where the row is; names the same sequence from step to step, until another takes it."""
 
 
 def map_rows(region: Region, max_slots: int, row_tokens: int) -> torch.Tensor:
@@ -102,7 +104,7 @@ class Slots:
         row = self._rows[part.slot]
         position = _drawn_position(part)
         known = int(row[position]) if position < num_known else None
-        return Draw(sampling, row[:position], num_prompt, known)
+        return Draw(sampling, row[:position], num_prompt, known, part.slot)
 
     def _page_table(self, slots: torch.Tensor, spans: tuple[Span, ...]) -> torch.Tensor:
         """[s, max_pages]; 0 behind a sequence's own pages, where a table holds older numbers."""
