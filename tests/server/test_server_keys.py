@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from nitsum.server.keyfile import Key, change_keys, hash_token, new_token, read_
 from nitsum.server.keys import KeyRing
 from nitsum.server.quota import Quotas
 from nitsum.tier import TierSet
-from tests.server.server_kit import MODEL, Bench, error_of, events_of
+from tests.server.server_kit import MODEL, Bench, error_of, events_of, served
 
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -122,6 +124,22 @@ def test_the_single_key_still_opens_everything(checkpoint: Path, tmp_path: Path)
     assert keyed.chat("single", service_tier="priority").json()["service_tier"] == "priority"
     assert keyed.chat(token, service_tier="priority").json()["service_tier"] == "flex"
     assert keyed.chat("other").status_code == 401
+
+
+def test_sighup_reads_the_file_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    keyed = Keyed(checkpoint, tmp_path)
+    token = keyed.make()
+    headers = {"authorization": f"Bearer {token}"}
+
+    async def main() -> None:
+        async with served(keyed.bench) as url, httpx.AsyncClient(base_url=url) as http:
+            assert (await http.get("/v1/models", headers=headers)).status_code == 200
+            keyed.change(revoked_s=1)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.01)
+            assert (await http.get("/v1/models", headers=headers)).status_code == 401
+
+    asyncio.run(main())
 
 
 # --- as what --------------------------------------------------------------------------------------

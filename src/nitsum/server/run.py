@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -82,9 +84,16 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._reload_on_hangup()
         await super().startup(sockets)
         if self.started and self._on_ready is not None:
             self._on_ready(self._url())
+
+    def _reload_on_hangup(self) -> None:
+        """SIGHUP reads the key file again, at once. (A changed file is noticed without it, too.)"""
+        keys = self._service.keys
+        if keys is not None and threading.current_thread() is threading.main_thread():
+            self._loop.add_signal_handler(signal.SIGHUP, keys.reload)
 
     def _url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
