@@ -162,6 +162,8 @@ class Controller:
         self.recent: deque[PlanDecided | PlanJudged] = deque(maxlen=MAX_REMEMBERED)
         self.num_decisions = 0
         self.dwell_s = self.rules.expected_dwell_s
+        self.trust: dict[str, float] = {}
+        """Realised over predicted goodput of plans that were in force; 1 where none was."""
         self.switch_factor = 1.0
         """Realised over predicted duration of switches."""
         self._switch_times: deque[float] = deque()
@@ -225,7 +227,7 @@ class Controller:
             trigger=trigger,
             load=load,
             current=current,
-            scores={name: self.scorer.score(shape, load) for name, shape in self.shapes.items()},
+            scores={name: self._score(name, load) for name in self.shapes},
             prices={p.name: self._price(view, p) for p in self.plans.plans if p.name != current},
             dwell_s=self.dwell_s,
         )
@@ -235,6 +237,19 @@ class Controller:
             self._go(view, now, decided)
         elif now - self._open[0].at_s >= self.rules.judge_s:
             self._judge(view, now)
+
+    def _score(self, name: str, load: Load) -> PlanScore:
+        """With what was learnt about the plan taken into account."""
+        score = self.scorer.score(self.shapes[name], load)
+        return score._replace(value=score.value * self.trust.get(name, 1.0))
+
+    def _learn(self, plan: str, predicted_per_s: float, realised_per_s: float) -> None:
+        """Never above 1: serving more than predicted only says that the load was light."""
+        if predicted_per_s <= 0.0:
+            return
+        ratio = min(1.0, max(0.2, realised_per_s / predicted_per_s))
+        known = self.trust.get(plan, 1.0)
+        self.trust[plan] = known + 0.5 * (ratio - known)
 
     def _choose(self, look: Look, view: View) -> tuple[str, str]:
         """The plan to be in, and why."""
@@ -321,7 +336,7 @@ class Controller:
         load = self.arrivals.load_between(start_s, now)
         if not load or now - start_s < self.rules.window_s:
             return
-        scores = [self.scorer.score(shape, load) for shape in self.shapes.values()]
+        scores = [self._score(name, load) for name in self.shapes]
         chosen = decided[0].chosen
         own = next(score for score in scores if score.plan == chosen)
         best = max(scores, key=lambda score: score.value)
@@ -336,6 +351,8 @@ class Controller:
             realised_per_s=self.outcomes.take_met() / (now - start_s),
             duration_s=now - start_s,
         )
+        if judged.duration_s >= self.rules.judge_s / 3:
+            self._learn(chosen, judged.predicted_per_s, judged.realised_per_s)
         self.recent.append(judged)
         view.emit(judged)
 

@@ -239,7 +239,7 @@ class _Filling:
         rate = load.rate_per_s + load.num_waiting / scorer.horizon_of(load)
         places = self._places(load)
         capacities = [self._capacity(c, load) for c in places]
-        left = [self._left(c) for c in places]
+        left = [self._left(c) / self._sharers(c, places) for c in places]
         rates = [
             shape.classes[c].num_lanes * capacity.rate_per_s * room
             for c, capacity, room in zip(places, capacities, left, strict=True)
@@ -276,6 +276,10 @@ class _Filling:
         able = [c for c, lane in enumerate(classes) if lane.role != "decode"]
         serving = [c for c in able if classes[c].serves(load.tier)]
         return serving or able
+
+    def _sharers(self, c: int, places: list[int]) -> float:
+        """How many of `places` use the class's ranks, itself included: they halve its time."""
+        return sum(self.shape.cover[a][c] for a in places)
 
     def _left(self, c: int) -> float:
         """Share of its time that a class's lanes have left."""
