@@ -1,0 +1,59 @@
+"""langchain-openai."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Weather of a city."""
+    return f"12 degrees in {city}"
+
+
+def model(served, **others):
+    fields = {"base_url": served.api, "api_key": "x", "model": served.model, "max_tokens": 12}
+    return ChatOpenAI(**{**fields, "max_retries": 0, **others})
+
+
+def test_chat(served):
+    answer = model(served).invoke("Name a river.")
+    assert answer.content
+    assert answer.usage_metadata["output_tokens"] <= 12
+
+
+def test_stream(served):
+    chunks = list(model(served, stream_usage=True).stream("Name a river."))
+    assert "".join(chunk.content for chunk in chunks)
+    assert sum(c.usage_metadata["output_tokens"] for c in chunks if c.usage_metadata) <= 12
+
+
+def test_tiers(served):
+    answer = model(served, service_tier="flex").invoke("Name a river.")
+    assert answer.response_metadata["service_tier"] == "flex"
+
+
+def test_a_conversation_with_tools(served):
+    call = {"name": "get_weather", "args": {"city": "Bonn"}, "id": "call_1"}
+    messages = [
+        HumanMessage("How is the weather in Bonn?"),
+        AIMessage("", tool_calls=[call]),
+        ToolMessage("12 degrees", tool_call_id="call_1"),
+    ]
+    answer = model(served).bind_tools([get_weather]).invoke(messages)
+    assert answer.content or answer.tool_calls
+
+
+def test_errors(served):
+    with pytest.raises(openai.NotFoundError):
+        model(served, model="another").invoke("x")
+
+
+def test_retries(served, flaky):
+    answer = model(served, base_url=flaky.api, max_retries=3).invoke("Name a river.")
+    assert answer.content
+    assert flaky.num_calls == 3

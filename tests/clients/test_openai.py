@@ -1,0 +1,133 @@
+"""OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+MESSAGES: Any = [{"role": "user", "content": "Name a river."}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=served.api, api_key="x", max_retries=0) as made:
+        yield made
+
+
+def test_chat(client, served):
+    answer = client.chat.completions.create(model=served.model, messages=MESSAGES, max_tokens=12)
+    assert answer.choices[0].message.content
+    assert answer.usage.completion_tokens <= 12
+    assert answer.service_tier == "default"
+
+
+def test_stream_with_usage(client, served):
+    stream = client.chat.completions.create(
+        model=served.model,
+        messages=MESSAGES,
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    whole = client.chat.completions.create(
+        model=served.model, messages=MESSAGES, max_tokens=12, temperature=0
+    )
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("flex", "flex"), ("priority", "priority"), ("auto", "default"), ("default", "default")],
+)
+def test_tiers(client, served, asked, got):
+    answer = client.chat.completions.with_raw_response.create(
+        model=served.model, messages=MESSAGES, max_tokens=4, service_tier=asked
+    )
+    tier = answer.parse().service_tier
+    # More than a promise holds is served as default, and the header says why.
+    assert tier == got or (asked == "priority" and answer.headers["x-nitsum-reason"])
+
+
+def test_a_conversation_with_tools(client, served):
+    call = {"name": "get_weather", "arguments": json.dumps({"city": "Bonn"})}
+    messages: Any = [
+        *MESSAGES,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"},
+    ]
+    answer = client.chat.completions.create(
+        model=served.model, messages=messages, tools=[TOOL], max_tokens=16
+    )
+    message = answer.choices[0].message
+    assert message.content or message.tool_calls
+
+
+def test_logprobs_and_several_choices(client, served):
+    answer = client.chat.completions.create(
+        model=served.model, messages=MESSAGES, max_tokens=4, n=2, logprobs=True, top_logprobs=2
+    )
+    assert len(answer.choices) == 2
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_completions(client, served):
+    answer = client.completions.create(model=served.model, prompt="The Rhine", max_tokens=6)
+    assert answer.choices[0].text
+
+
+def test_models(client, served):
+    assert served.model in [model.id for model in client.models.list()]
+
+
+def test_errors(client, served):
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=served.model, messages=[])
+    assert bad.value.param == "messages"
+    with pytest.raises(openai.BadRequestError) as tier:
+        client.chat.completions.create(
+            model=served.model, messages=MESSAGES, service_tier="platinum"
+        )
+    assert tier.value.param == "service_tier"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="another", messages=MESSAGES)
+
+
+def test_retries(flaky, served):
+    with openai.OpenAI(base_url=flaky.api, api_key="x", max_retries=3) as client:
+        answer = client.chat.completions.create(
+            model=served.model, messages=MESSAGES, max_tokens=4
+        )
+    assert answer.choices[0].message.content
+    assert flaky.num_calls == 3
+
+
+def test_without_retries_it_is_a_rate_limit(flaky, served):
+    with (
+        openai.OpenAI(base_url=flaky.api, api_key="x", max_retries=0) as client,
+        pytest.raises(openai.RateLimitError) as limit,
+    ):
+        client.chat.completions.create(model=served.model, messages=MESSAGES)
+    assert limit.value.code == "resource_unavailable"
