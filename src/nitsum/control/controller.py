@@ -41,6 +41,9 @@ from nitsum.plan import Group, Plan, PlanSet
 from nitsum.tier import TierSet
 
 MAX_REMEMBERED = 256
+FIRST_SWITCH_FACTOR = 5.0
+"""Switches take longer than their copies: every message waits for the steps before it. What they
+really take replaces this guess."""
 
 
 class Held(NamedTuple):
@@ -100,8 +103,10 @@ class Rules:
     max_switches_per_minute: int = 6
     expected_dwell_s: float = 20.0
     """Assumed stay in a plan until stays have been seen."""
+    sure_margin: float = 0.2
+    """Enough to go at once when the load changes, without a second look."""
     num_agree: int = 2
-    """Windows in a row that must choose the same plan; a burst needs one."""
+    """Looks in a row that must choose the same plan."""
     judge_s: float = 30.0
     """A decision to stay is judged after this long at the latest."""
     forecast: Forecast = "none"
@@ -164,7 +169,7 @@ class Controller:
         self.dwell_s = self.rules.expected_dwell_s
         self.trust: dict[str, float] = {}
         """Realised over predicted goodput of plans that were in force; 1 where none was."""
-        self.switch_factor = 1.0
+        self.switch_factor = FIRST_SWITCH_FACTOR
         """Realised over predicted duration of switches."""
         self._switch_times: deque[float] = deque()
         self._switch_predicted_s = 0.0
@@ -261,7 +266,9 @@ class Controller:
             return current, f"no plan promises {self.rules.margin:.0%} more, its price included"
         name, times = self._agreed
         self._agreed = (best, times + 1 if name == best else 1)
-        if look.trigger == "window" and self._agreed[1] < self.rules.num_agree:
+        sure = look.gain(best) > self.rules.sure_margin * look.scores[current].value
+        in_time = look.trigger != "window" and sure
+        if self._agreed[1] < self.rules.num_agree and not in_time:
             return current, f"{best} looks better; it has to do so in the next window too"
         hindrance = self._hindrance(look.at_s, view)
         if hindrance:

@@ -1,7 +1,7 @@
 """What arrives, by tier: counted over a window, over a shorter one when the load has changed.
 
-A change is a count in the last seconds that the long window's rate would hardly ever give (Poisson,
-three standard deviations). Then only what came since counts: the old mix says nothing any more.
+A change is a count in the last seconds that the long window's rate would hardly ever give (it is
+Poisson). Then only what came since counts: the old mix says nothing any more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from nitsum.events import Arrived, Finished, Refused, Started
 from nitsum.tier import Tier, TierSet
 
 MAX_SAMPLES = 256
+DEVIATIONS = 2.7
+"""Standard deviations of a count that nobody takes for chance."""
 MEMORY_WINDOWS = 4
 """Arrivals are remembered for this many windows."""
 USUAL_OUTPUT_TOKENS = 256.0
@@ -119,17 +121,20 @@ class Arrivals:
         known.output_tokens += weight * (event.num_output - known.output_tokens)
 
     def notice_changes(self, now: float) -> list[str]:
-        """Tiers whose last seconds do not fit their rate; from now on they count alone."""
-        changed: list[str] = []
-        for name, tier in self.by_tier.items():
-            if tier.may_wait or now - tier.changed_s < 2 * self.burst_s:
-                continue
-            expected = tier.rate(now, self.window_s) * self.burst_s
-            count = tier.since(now - self.burst_s)
-            if abs(count - expected) > 3.0 * sqrt(max(expected, 1.0)):
+        """Tiers whose last seconds do not fit their rate; from now on only these seconds count,
+        for all tiers: a mix changes as a whole."""
+        changed = [name for name, tier in self.by_tier.items() if self._has_changed(tier, now)]
+        if changed:
+            for tier in self.by_tier.values():
                 tier.changed_s = now - self.burst_s
-                changed.append(name)
         return changed
+
+    def _has_changed(self, tier: TierArrivals, now: float) -> bool:
+        if tier.may_wait or now - max(tier.changed_s, tier.first_s) < 2 * self.burst_s:
+            return False
+        expected = tier.rate(now, self.window_s) * self.burst_s
+        count = tier.since(now - self.burst_s)
+        return abs(count - expected) > DEVIATIONS * sqrt(max(expected, 1.0))
 
     def load(self, now: float, waiting: dict[str, Waiting] | None = None) -> Load:
         """What is to be served now: every tier with arrivals or waiting requests."""

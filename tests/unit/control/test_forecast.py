@@ -1,0 +1,108 @@
+"""Rates, changes and outcomes, from events."""
+
+from __future__ import annotations
+
+import pytest
+
+from nitsum.control.forecast import Arrivals, Waiting, waiting_by_tier
+from nitsum.control.outcomes import Outcomes
+from nitsum.events import Arrived, Finished, StepEnded
+from nitsum.plan import Group
+from nitsum.tier import TierSet
+
+
+def arrived(name: str, at_s: float, tier: str = "default", prompt: int = 100) -> Arrived:
+    return Arrived(
+        at_s=at_s,
+        request_id=name,
+        tier_asked=tier,
+        tier=tier,
+        tenant="",
+        num_prompt=prompt,
+        max_tokens=1000,
+        arrival_s=at_s,
+        ttft_target_s=None if tier == "batch" else 1.0,
+        tpot_target_s=None if tier == "batch" else 0.1,
+        deadline_s=600.0 if tier == "batch" else None,
+    )
+
+
+def finished(name: str, at_s: float, num_output: int = 11, tier: str = "default") -> Finished:
+    return Finished(
+        at_s=at_s,
+        request_id=name,
+        tier=tier,
+        reason="length",
+        num_output=num_output,
+        num_cached=0,
+        group=None,
+    )
+
+
+def steady(arrivals: Arrivals, start_s: float, end_s: float, per_s: int, tier: str) -> None:
+    for i in range(int((end_s - start_s) * per_s)):
+        arrivals.arrived(arrived(f"{tier}{start_s}-{i}", start_s + i / per_s, tier))
+
+
+def test_a_steady_rate_is_the_rate():
+    arrivals = Arrivals(TierSet())
+    steady(arrivals, 0.0, 30.0, 5, "default")
+    assert arrivals.notice_changes(30.0) == []
+    (load,) = arrivals.load(30.0)
+    assert load.rate_per_s == pytest.approx(5.0, rel=0.05)
+
+
+def test_after_a_change_only_what_came_since_counts():
+    arrivals = Arrivals(TierSet())
+    steady(arrivals, 0.0, 30.0, 5, "default")
+    steady(arrivals, 30.0, 33.0, 30, "default")
+    assert arrivals.notice_changes(33.0) == ["default"]
+    assert arrivals.load(33.0)[0].rate_per_s == pytest.approx(30.0, rel=0.1)
+    assert arrivals.notice_changes(33.2) == [], "one change is noticed once"
+
+
+def test_a_burst_of_work_with_a_deadline_is_no_change():
+    arrivals = Arrivals(TierSet())
+    steady(arrivals, 0.0, 30.0, 1, "batch")
+    steady(arrivals, 30.0, 33.0, 50, "batch")
+    assert arrivals.notice_changes(33.0) == []
+    assert arrivals.load(33.0)[0].rate_per_s < 10.0
+
+
+def test_answers_teach_their_length():
+    arrivals = Arrivals(TierSet())
+    arrivals.arrived(arrived("a", 0.0))
+    assert arrivals.load(1.0)[0].output_tokens == 256.0, "max_tokens is a bound, not a forecast"
+    arrivals.ended(finished("a", 1.0, 40))
+    assert arrivals.load(1.0)[0].output_tokens == 40.0
+
+
+def test_a_trend_is_drawn_on_if_asked_for():
+    rising = {}
+    for forecast in ("none", "trend"):
+        arrivals = Arrivals(TierSet(), forecast=forecast)
+        steady(arrivals, 0.0, 7.5, 2, "default")
+        steady(arrivals, 7.5, 15.0, 6, "default")
+        rising[forecast] = arrivals.load(15.0)[0].rate_per_s
+    assert rising["trend"] > rising["none"] * 1.3
+
+
+def test_waiting_requests_by_tier():
+    found = waiting_by_tier([("batch", 1.0), ("batch", 3.0), ("priority", 9.0)], 10.0)
+    assert found == {"batch": Waiting(2, 9.0), "priority": Waiting(1, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("first_s", "end_s", "num_met"), [(0.5, 1.4, 1), (1.5, 2.0, 0), (0.5, 2, 0)]
+)
+def test_a_request_meets_all_its_targets_or_none(first_s: float, end_s: float, num_met: int):
+    """TTFT within 1 s and ten gaps within 0.1 s each."""
+    outcomes = Outcomes()
+    outcomes.arrived(arrived("a", 0.0))
+    for at_s in (first_s, end_s):
+        outcomes.stepped(
+            StepEnded(at_s=at_s, step_id=1, group=Group(1, 0), seconds=0.1, tokens=[("a", 1)])
+        )
+    outcomes.ended(finished("a", end_s))
+    assert outcomes.take_met() == num_met
+    assert outcomes.take_met() == 0
