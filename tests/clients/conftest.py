@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[2]
 READY = re.compile(r"^Serving (\S+) at (\S+)$")
 
 
@@ -71,11 +72,14 @@ def _checkpoint(python: str, folder: Path) -> Path:
 def _started(python: str, folder: Path) -> Iterator[Served]:
     model = str(_checkpoint(python, folder))
     command = [python, "-m", "nitsum.cli", "serve", model, "--ranks", "2", "--port", "0"]
+    yield from _running([*command, "--data-dir", str(folder), "--log-level", "warning"])
+
+
+def _running(command: list[str]) -> Iterator[Served]:
+    """A server as long as the test needs it; it prints where it is."""
+    surroundings = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*command, "--data-dir", str(folder), "--log-level", "warning"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        command, stdout=subprocess.PIPE, text=True, env=surroundings, cwd=REPOSITORY
     )
     assert process.stdout is not None
     found = next((m for m in map(READY.match, process.stdout) if m), None)
@@ -89,6 +93,15 @@ def _started(python: str, folder: Path) -> Iterator[Served]:
         process.wait(60)
         reader.join(10)
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """The real HTTP server over an engine that answers at once."""
+    python = request.config.getoption("--server-python")
+    if not python:
+        pytest.skip("needs --server-python")
+    yield from _running([python, "-m", "tests.clients.fake_server"])
 
 
 class Flaky(ThreadingHTTPServer):

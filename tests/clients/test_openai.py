@@ -117,9 +117,7 @@ def test_errors(client, served):
 
 def test_retries(flaky, served):
     with openai.OpenAI(base_url=flaky.api, api_key="x", max_retries=3) as client:
-        answer = client.chat.completions.create(
-            model=served.model, messages=MESSAGES, max_tokens=4
-        )
+        answer = client.chat.completions.create(model=served.model, messages=MESSAGES, max_tokens=4)
     assert answer.choices[0].message.content
     assert flaky.num_calls == 3
 

@@ -13,11 +13,10 @@ CHECKS = (
 )
 
 
-def test_it_keeps_to_its_description(served, tmp_path: Path) -> None:
+def test_it_keeps_to_its_description(quick, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("schemathesis")
-    command = [str(program), "run", f"{served.url}/openapi.json", "--checks", CHECKS]
+    command = [str(program), "run", f"{quick.url}/openapi.json", "--checks", CHECKS]
     limits = ["--max-examples", os.environ.get("NITSUM_FUZZ_EXAMPLES", "40"), "--seed", "1"]
-    # A short answer is enough, and switching plans is an operation with a body like any other.
     flags = ["--request-timeout", "120", "--phases", "examples,coverage,fuzzing"]
     done = subprocess.run(
         [*command, *limits, *flags],
