@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nitsum.model.interface import Comm, KvPages, StepInput
+from nitsum.model.layers import linear
 from nitsum.model.ops import Backend, Heads, StepOps
 from nitsum.model.torch_ops import TorchOps
 from nitsum.model.views import LayerWeights, ModelWeights
@@ -73,8 +74,8 @@ def attention(
     ops: StepOps, comm: Comm, index: int, layer: LayerWeights, x: torch.Tensor
 ) -> torch.Tensor:
     """[n, hidden] -> [n, hidden], summed over the lane."""
-    qkv = F.linear(x, layer.qkv)
-    kv = None if layer.kv is None else F.linear(x, layer.kv)
+    qkv = linear(x, layer.qkv)
+    kv = None if layer.kv is None else linear(x, layer.kv)
     out = ops.attend(index, ops.split_rope_write(index, layer, qkv, kv))
     return row_parallel(comm, out, layer.o, layer.o_bias)
 
@@ -83,7 +84,7 @@ def mlp(
     ops: StepOps, comm: Comm, num_chunks: int, layer: LayerWeights, x: torch.Tensor
 ) -> torch.Tensor:
     """[n, hidden] -> [n, hidden], summed over the lane."""
-    gate_up = F.linear(x, layer.gate_up, layer.gate_up_bias)
+    gate_up = linear(x, layer.gate_up, layer.gate_up_bias)
     return row_parallel(comm, ops.silu_mul(gate_up, num_chunks), layer.down, layer.down_bias)
 
 
@@ -91,7 +92,7 @@ def row_parallel(
     comm: Comm, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Each rank's part of a product, summed; the bias enters the sum once."""
-    out = F.linear(x, weight, bias if comm.shard == 0 else None)
+    out = linear(x, weight, bias if comm.shard == 0 else None)
     return comm.all_reduce(out) if comm.degree > 1 else out
 
 
@@ -101,7 +102,7 @@ def compute_logits(
     """[m, hidden] -> [m, vocabulary] float32; a step that samples nothing gathers nothing."""
     if not x.shape[0]:
         return x.new_empty(0, geometry.shape.vocab_size, dtype=torch.float32)
-    logits = F.linear(x, weights.lm_head)
+    logits = linear(x, weights.lm_head)
     if comm.degree > 1:
         logits = comm.gather_vocab(logits)
     return logits[:, : geometry.shape.vocab_size].float()
