@@ -18,7 +18,8 @@ from nitsum.kernels.language import jit, tl
 
 DECODE_WORKSPACE_BYTES = 128 << 20
 CHUNK_WORKSPACE_BYTES = 512 << 20
-"""128 MiB do not hold the partial results of 2,048 tokens of 32 heads in a graph."""
+"""128 MiB do not hold the partial results of 2,048 tokens of 32 heads in a graph; these do not hold
+those of 8,192 tokens."""
 
 
 @jit
