@@ -58,7 +58,7 @@ test-browser: $(STAMP) browser ## Look at the dashboard in a headless browser
 	NITSUM_NEED_BROWSER=1 $(PY) -m pytest -m browser
 
 test-clients: $(STAMP) $(CLIENTS)/.installed ## Talk to the server with clients of other projects
-	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --server-python "$(CURDIR)/$(PY)"
+	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients "--server-python=$(CURDIR)/$(PY)"
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
