@@ -148,8 +148,10 @@ class Entry:
             return "ok"
         if error is None or not isinstance(error, Exception):
             return "aborted"  # closed or cancelled: the client has gone
-        refused = isinstance(error, ApiError) and error.status in (400, 429, 503)
-        return "refused" if refused and not self._job.usage().completion_tokens else "error"
+        if not isinstance(error, ApiError):
+            return "error"
+        begun = self._job.usage().completion_tokens > 0
+        return "refused" if error.status == 429 or (error.status == 503 and not begun) else "error"
 
     def _close(self, status: Status, error: ApiError | None) -> None:
         books, caller = self._books, self._job.caller
