@@ -1,7 +1,7 @@
 """Step times of this machine, measured: real workers, steps written out as messages.
 
 For every degree all lanes of that degree run the same step at once, as they do when they serve. A
-point is the median gap between replies of one lane while steps queue behind each other: what a
+point is the mean gap between replies of one lane while steps queue behind each other: what a
 running engine waits for a step, messages included.
 
 Points are appended to a partial file as they come, and those that are there are not measured again.
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -29,10 +28,13 @@ from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Join, Move, MoveDone, Pages, Pull, RowPull, Step, StepDone, Work
 from nitsum.plan import Group, all_groups
 from nitsum.request import SamplingParams
+from nitsum.shape import round_up
 
 REPLY_TIMEOUT_S = 120.0
 POINT_S = 0.4
 """About how long one point is measured for."""
+LEAST_STEP_S = 1e-5
+"""No machine steps faster; a shorter gap says that the clock was read late."""
 FEWEST, MOST = 3, 12
 """Steps of one point."""
 MOVE_SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2)
@@ -91,7 +93,7 @@ def grid_for(config: EngineConfig, max_tokens: int) -> Grid:
     return Grid(
         (0, *_powers(base, config.max_num_seqs)),
         tuple(sorted(chunks)),
-        tuple(c for c in contexts if c < max_tokens) or (max_tokens // 2,),
+        contexts if max(contexts) < max_tokens else (max_tokens // 8, max_tokens // 2),
         most,
     )
 
@@ -106,7 +108,9 @@ def _powers(base: int, most: int, least: int = 1) -> list[int]:
     return [*values, most]
 
 
-def shapes_of(grid: Grid, degrees: tuple[int, ...], room: Callable[[int], int]) -> list[Shape]:
+def shapes_of(
+    grid: Grid, degrees: tuple[int, ...], room: Callable[[int], int], block_tokens: int = 16
+) -> list[Shape]:
     """Every step of the grid that fits the KV `room` (tokens of one lane) of its degree."""
     found = [
         Shape(degree, num_decode, chunk, context if num_decode else 0, before)
@@ -117,7 +121,7 @@ def shapes_of(grid: Grid, degrees: tuple[int, ...], room: Callable[[int], int]) 
         for before in (_befores(grid, num_decode) if chunk else (0,))
         if 0 < num_decode + chunk <= grid.max_batch_tokens
     ]
-    return [shape for shape in found if _tokens(shape) <= room(shape.degree)]
+    return [shape for shape in found if _tokens(shape, block_tokens) <= room(shape.degree)]
 
 
 def _befores(grid: Grid, num_decode: int) -> tuple[int, ...]:
@@ -125,8 +129,11 @@ def _befores(grid: Grid, num_decode: int) -> tuple[int, ...]:
     return (0,) if num_decode else (0, grid.contexts[-1])
 
 
-def _tokens(shape: Shape) -> int:
-    return shape.num_decode * (shape.context + 1) + shape.before + shape.chunk + 1
+def _tokens(shape: Shape, block_tokens: int) -> int:
+    """That its sequences take, in whole blocks."""
+    rows = [shape.context + 2] * shape.num_decode
+    rows += [shape.before + shape.chunk + 1] if shape.chunk else []
+    return sum(round_up(num, block_tokens) for num in rows)
 
 
 class Profiler:
@@ -140,16 +147,17 @@ class Profiler:
         self._ids = 0
 
     def room(self, degree: int) -> int:
-        """Tokens of KV a lane holds, less a block for every sequence that is not full."""
+        """Tokens of KV a lane holds."""
         pages = self.arena.num_units // self.arena.page_units(Group(degree, 0))
-        return pages * self.arena.block_tokens - 64 * self.arena.block_tokens
+        return pages * self.arena.block_tokens
 
     def measure(self, shape: Shape) -> float:
         """Seconds of one step; raises `NitsumError` when replies stay away."""
         lanes = [g for g in all_groups(self.arena.num_ranks) if g.degree == shape.degree]
-        first_s = self._run(shape, lanes, 2, joins=True)[-1]
-        count = int(min(MOST, max(FEWEST, POINT_S / max(first_s, 1e-6))))
-        return statistics.median(self._run(shape, lanes, count + 1, joins=False))
+        first_s = self._run(shape, lanes, 2, joins=True)
+        count = int(min(MOST, max(FEWEST, POINT_S / first_s)))
+        # The quicker of two: what else the machine does only adds time.
+        return min(self._run(shape, lanes, count + 1, joins=False) for _ in range(2))
 
     def measure_moves(self) -> list[tuple[int, float]]:
         """(bytes, seconds) of pulls into rank 0 out of a peer, or out of itself if it is alone."""
@@ -204,17 +212,19 @@ class Profiler:
         assert isinstance(reply, MoveDone), reply
         return reply.seconds
 
-    def _run(self, shape: Shape, lanes: list[Group], count: int, *, joins: bool) -> list[float]:
-        """Gaps between replies of the first lane, over `count` steps of all lanes."""
-        started_s = time.monotonic()
+    def _run(self, shape: Shape, lanes: list[Group], count: int, *, joins: bool) -> float:
+        """Mean gap between replies of the first lane, over `count` (at least 2) steps of all lanes.
+
+        The mean, because replies that are received together have no gap between them.
+        """
         for number in range(count):
             for lane in lanes:
                 self._send(shape, lane, joins=joins and number == 0)
-        ends = [started_s]
+        ends: list[float] = []
         for reply, at_s in self._replies(count * len(lanes)):
             if isinstance(reply, StepDone) and reply.rank == lanes[0].leader:
                 ends.append(at_s)
-        return [b - a for a, b in pairwise(ends[1:])] or [ends[1] - ends[0]]
+        return max(LEAST_STEP_S, (ends[-1] - ends[0]) / (count - 1))
 
     def _replies(self, count: int) -> Iterator[tuple[StepDone | MoveDone, float]]:
         deadline_s = time.monotonic() + REPLY_TIMEOUT_S

@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         arena = arena_of(config, shape, executor.start())
         longest = max_model_len(config, shape)
         profiler = Profiler(executor, arena, longest)
-        shapes = shapes_of(grid_for(config, longest), config.plans.degrees, profiler.room)
+        shapes = shapes_of(
+            grid_for(config, longest), config.plans.degrees, profiler.room, config.block_tokens
+        )
         with _bar() as on_point:
             points = measure_points(profiler, shapes, partial, on_point)
         moves = profiler.measure_moves()
