@@ -145,6 +145,8 @@ class Wave:
         kv = self.lanes.kv
         transfer = Transfer(kv, src, dst)
         for block in blocks:
+            if block.hash is None:
+                continue  # evicted to make an aligned page for one before it
             room = all(kv.pools[r].num_free >= kv.arena.page_units(dst) for r in dst.ranks)
             if not room or not transfer.extend([block], block.level):
                 break
