@@ -178,6 +178,8 @@ class Generation:
         is computed again wherever suits it."""
         sequence = preemption.sequence
         self.switcher.forget(sequence)
+        if self.switcher.current is not None:
+            self.switcher.current.stuck.discard(sequence.request_id)  # its lane can close
         self.num_departures += 1
         if not preemption.kept:
             self.free_slot_of(sequence)

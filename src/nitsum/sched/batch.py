@@ -20,6 +20,8 @@ MIN_CHUNK = 16
 """Chunks below this cost a step's overhead and bring nothing, unless they finish a prompt."""
 PATIENCE = 4
 """Steps that may leave prefills out in a row; then they get a chunk whatever the slack says."""
+PREFILL_PART = 0.5
+"""Part of the time tight decodes leave that loose ones leave to urgent prompts."""
 MAX_SKIPS = 8
 """Steps a loose request may sit out in a row."""
 
@@ -42,7 +44,7 @@ def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
     else:
         step.shape = BatchShape(count, context, 0, 0, count)
     if lane.rules.slack and count:
-        _thin_out(lane, step)
+        _thin_out(lane, step, any(sequence.pace_s is not None for sequence in prefills))
     if step.chunks:
         step.predicted_s = lane.step_time(step)
     return prefills
@@ -102,15 +104,19 @@ def _recount(lane: LaneScheduler, step: Composed) -> None:
     step.shape = BatchShape(count, sum(c.start + 1 for c in step.chunks), 0, 0, count)
 
 
-def _thin_out(lane: LaneScheduler, step: Composed) -> None:
-    """Leave out as many loose requests as it takes for the tight ones to keep their pace."""
+def _thin_out(lane: LaneScheduler, step: Composed, is_urgent: bool) -> None:
+    """Leave out as many loose requests as it takes for the tight ones to keep their pace; with
+    urgent prompts to compute, loose ones leave them half of the time that is to spare."""
     allowed_s = min(step.tight_s)
     predicted_s = lane.step_time(step)
-    if allowed_s == inf or predicted_s <= allowed_s:
+    if allowed_s == inf or (predicted_s <= allowed_s and not is_urgent):
         lane.skipped.clear()
         return
     slack = [(_skip_slack_s(lane, step, chunk, predicted_s), chunk) for chunk in step.chunks]
     loose = [chunk for slack_s, chunk in sorted(slack, key=lambda entry: entry[0]) if slack_s > 0]
+    if is_urgent:
+        spare_s = allowed_s - _time_without(lane, step, loose)
+        allowed_s -= PREFILL_PART * max(0.0, spare_s)
     count = _fewest(lane, step, loose, allowed_s)
     count = min(count, len(step.chunks) - 1)  # a step without decodes would help nobody
     left_out = {chunk.sequence for chunk in loose[len(loose) - count :]}
@@ -134,6 +140,12 @@ def _skip_slack_s(lane: LaneScheduler, step: Composed, chunk: Chunk, predicted_s
     num_answered = chunk.start + 1 - sequence.num_prompt
     due_s = sequence.first_token_s + num_answered * sequence.pace_s
     return due_s - step.start_s - 2 * predicted_s
+
+
+def _time_without(lane: LaneScheduler, step: Composed, loose: list[Chunk]) -> float:
+    count = step.shape.num_decode - len(loose)
+    context = step.shape.decode_context_tokens - sum(chunk.start + 1 for chunk in loose)
+    return lane.setting.cost.step_time(lane.lane, BatchShape(count, context, 0, 0, count))
 
 
 def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: float) -> int:
@@ -177,15 +189,17 @@ def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_toke
     step.tokens[lane.setting.level(sequence)] += num_tokens
 
 
-def _order_key(lane: LaneScheduler) -> Callable[[Sequence], tuple[int, float]]:
-    """Promoted first, then those their tier is owed, then tiers; least slack inside each."""
+def _order_key(lane: LaneScheduler) -> Callable[[Sequence], tuple[int, bool, float]]:
+    """Promoted first, then those their tier is owed, then tiers; inside each promised ones, by
+    slack."""
     level_of, shares, by_slack = lane.setting.level, lane.shares, lane.rules.slack
 
-    def key(sequence: Sequence) -> tuple[int, float]:
+    def key(sequence: Sequence) -> tuple[int, bool, float]:
         level = level_of(sequence)
         is_owed = shares.protects(level)
         rank = -2 if sequence.promoted else -1 if is_owed else level
-        return rank, sequence.latest_start_s if by_slack else sequence.request.arrival_s
+        at_s = sequence.latest_start_s if by_slack else sequence.request.arrival_s
+        return rank, not sequence.promised, at_s
 
     return key
 

@@ -18,6 +18,9 @@ PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
 """An answer token costs about as much as two prompt tokens; the weights the paper uses."""
 
+_FORGET_ABOVE = 4096
+"""Tenants remembered before those that no longer matter are dropped."""
+
 
 class Account:
     """One tenant's service in one tier."""
@@ -42,6 +45,7 @@ class Accounts:
         self.num_waiting_tokens = 0
         """What waits in this tier, over all tenants and lanes."""
         self._last_served = 0.0
+        self._most_accounts = _FORGET_ABOVE
         self._ids = count()
 
     def __getitem__(self, tenant: str) -> Account:
@@ -74,6 +78,8 @@ class Accounts:
         account.num_waiting -= 1
         if not account.num_waiting:
             self._last_served = account.served
+            if len(self._accounts) > self._most_accounts:
+                self._forget_idle()
 
     def charge_prompt(self, tenant: str, num_tokens: int) -> None:
         self[tenant].served += PROMPT_WEIGHT * num_tokens
@@ -85,6 +91,18 @@ class Accounts:
     @property
     def num_tenants(self) -> int:
         return len(self._accounts)
+
+    def _forget_idle(self) -> None:
+        """Drop who does not wait and had no more service than those that do: coming back, a tenant
+        would be lifted past it anyway."""
+        least = self._least()
+        floor = self._last_served if least is None else least
+        self._accounts = {
+            tenant: account
+            for tenant, account in self._accounts.items()
+            if account.num_waiting or account.served > floor
+        }
+        self._most_accounts = max(_FORGET_ABOVE, 2 * len(self._accounts))
 
     def _least(self) -> float | None:
         heap = self._waiting

@@ -1,11 +1,12 @@
 """What one lane can promise: its SLO-safe capacity, out of the cost model.
 
-Time on a lane is divided in two halves, so that both halves of a promise hold at once:
+A lane is planned as steps of one *period* each, the tightest TPOT it has to keep. A step has one
+prefill chunk, whose size takes half of what a period leaves beside one decode, and all promised
+requests as decodes:
 
-    decodes     a step with every promised request decoding takes at most half the tightest TPOT
-    prefills    in the other half of each such period, prompts are computed in chunks; a prompt is
-                promised if all promised prompts of its and higher tiers, and its own, are through
-                by its TTFT at that rate
+    decodes     a step with every promised request decoding, and a chunk, takes at most a period
+    prefills    a prompt is promised if at a chunk a period all promised prompts of its and higher
+                tiers, and its own, are through by its TTFT
 
 A higher tier goes before a lower one, so promising it uses up slack of the lower tiers' promises;
 what each level has left is kept, and a request that would take more is not promised. Lower tiers
@@ -23,15 +24,20 @@ from math import ceil, inf
 from nitsum.cost.protocol import CostModel
 from nitsum.plan import Lane
 from nitsum.request import Sequence
-from nitsum.sched.budget import largest_chunk
+from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.limits import LaneLimits
 from nitsum.step import BatchShape
 from nitsum.tier import Tier
 
-DECODE_PART = 0.5
-"""Part of the tightest TPOT that decodes may take."""
+PREFILL_PART = 0.5
+"""Part of the time a period leaves beside one decode that the chunk may take."""
 HEADROOM = 0.25
-"""Part of a lane that tiers below the first leave free."""
+"""Part of a lane's slots, memory and spare time that tiers below the first leave free."""
+PLANNED_CONTEXT = 1024
+"""Positions before a chunk, for its price."""
+STEPS_UNDER_WAY = 2
+"""The engine runs a step ahead: a new request joins the step after next."""
+ONE_DECODE = BatchShape(1, 1, 0, 0, 1)
 
 
 class _Level:
@@ -171,8 +177,8 @@ class Promises:
         return self._under_way_s() + sum(entry.backlog_s for entry in self._levels[: level + 1])
 
     def _under_way_s(self) -> float:
-        """The step that runs when a request arrives."""
-        return 0.0 if self.period_s == inf else self.period_s
+        """The steps that run or wait to run when a request arrives."""
+        return 0.0 if self.period_s == inf else STEPS_UNDER_WAY * self.period_s
 
     def _can_decode(self, tier: Tier, level: int, num_tokens: int) -> bool:
         part = 1.0 if level == 0 else 1.0 - HEADROOM
@@ -182,14 +188,24 @@ class Promises:
         if count > part * self.limits.max_num_seqs or num_tokens > part * self.capacity_tokens:
             return False
         period_s = min(self.period_s, tier.tpot_s or inf)
-        shape = BatchShape(count, num_tokens, 0, 0, count)
-        return self.cost.step_time(self.lane, shape) <= part * DECODE_PART * period_s
+        if period_s == inf:
+            return True
+        decodes = BatchShape(count, num_tokens, 0, 0, count)
+        shape = with_prefill(decodes, PLANNED_CONTEXT, self._chunk_tokens(), True)
+        spare_s = period_s - self._step_time(ONE_DECODE)
+        return self._step_time(shape) <= period_s - (1.0 - part) * spare_s
 
     def _chunk_tokens(self) -> int:
+        """Tokens of the chunk in each planned step; 0 if the lane cannot keep its period."""
+        most = self.limits.max_batch_tokens
+        if self.period_s == inf:
+            return most
         if self._chunk is None:
-            most = self.limits.max_batch_tokens
-            allowed_s = (1.0 - DECODE_PART) * self.period_s
-            self._chunk = largest_chunk(self._step_time, BatchShape(), most, most, most, allowed_s)
+            spare_s = self.period_s - self._step_time(ONE_DECODE)
+            allowed_s = self.period_s - (1.0 - PREFILL_PART) * spare_s
+            self._chunk = largest_chunk(
+                self._step_time, ONE_DECODE, PLANNED_CONTEXT, most + 1, most, allowed_s
+            )
         return self._chunk
 
     def _chunk_s(self, num_tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Waiting requests of one tier on one lane: tenants in turn, least slack first, the lost last.
+"""Waiting requests of one tier on one lane: promised ones first, the lost last, tenants in turn.
 
 The order inside a tenant is by latest start, which does not change while a request waits: nothing
 is ever sorted again. A request is found to be lost when it would be next, and only then moved
@@ -7,6 +7,7 @@ behind those that can still meet their targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
@@ -16,18 +17,20 @@ from nitsum.sched.fairness import Account, Accounts
 _Entry = tuple[int, float, int, Sequence]
 """(the client's order, time, ticket, sequence)"""
 
+_PROMISED, _OPEN, _LOST = range(3)
+"""Classes of requests in the order in which they are served."""
+
 
 class _Line:
-    """One tenant's requests."""
+    """One tenant's requests, by class."""
 
-    __slots__ = ("account", "late", "listed_late", "listed_ready", "ready")
+    __slots__ = ("account", "heaps", "is_listed", "tenant")
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, tenant: str, account: Account) -> None:
+        self.tenant = tenant
         self.account = account
-        self.ready: list[_Entry] = []
-        self.late: list[_Entry] = []
-        self.listed_ready = False
-        self.listed_late = False
+        self.heaps: tuple[list[_Entry], ...] = ([], [], [])
+        self.is_listed = [False, False, False]
 
 
 class TierQueue:
@@ -39,9 +42,8 @@ class TierQueue:
         """Otherwise all tenants stand in one line."""
         self._tickets: dict[Sequence, int] = {}
         self._lines: dict[str, _Line] = {}
-        self._ready: list[tuple[float, int, _Line]] = []
-        """Heap of lines with requests that can make it, by service received."""
-        self._late: list[tuple[float, int, _Line]] = []
+        self._listed: tuple[list[tuple[float, int, _Line]], ...] = ([], [], [])
+        """By class: heap of the lines that have such requests, by service received."""
         self._ids = count()
 
     def __len__(self) -> int:
@@ -50,15 +52,16 @@ class TierQueue:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._tickets
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(self._tickets)
 
     def add(self, sequence: Sequence) -> None:
         line = self._line_of(sequence)
+        line.account = self.accounts[line.tenant]
         self.accounts.enter(line.account, sequence.num_prompt)
         ticket = self._tickets[sequence] = next(self._ids)
-        heappush(line.ready, (sequence.request.order, sequence.latest_start_s, ticket, sequence))
-        self._list_ready(line)
+        entry = (sequence.request.order, sequence.latest_start_s, ticket, sequence)
+        self._push(line, _PROMISED if sequence.promised else _OPEN, entry)
 
     def remove(self, sequence: Sequence) -> bool:
         """False if it is not here. Its heap entry stays until it comes up."""
@@ -70,7 +73,9 @@ class TierQueue:
 
     def head(self, now: float) -> Sequence | None:
         """Who is next."""
-        return self._head_ready(now) or self._head_late()
+        return (
+            self._head(_PROMISED, now) or self._head(_OPEN, now) or self._head(_LOST, float("-inf"))
+        )
 
     # -- inside --
 
@@ -78,62 +83,43 @@ class TierQueue:
         tenant = sequence.request.tenant if self.fair else ""
         line = self._lines.get(tenant)
         if line is None:
-            line = self._lines[tenant] = _Line(self.accounts[tenant])
+            line = self._lines[tenant] = _Line(tenant, self.accounts[tenant])
         return line
 
-    def _list_ready(self, line: _Line) -> None:
-        if not line.listed_ready:
-            line.listed_ready = True
-            heappush(self._ready, (line.account.served, next(self._ids), line))
+    def _push(self, line: _Line, kind: int, entry: _Entry) -> None:
+        heappush(line.heaps[kind], entry)
+        if not line.is_listed[kind]:
+            line.is_listed[kind] = True
+            heappush(self._listed[kind], (line.account.served, next(self._ids), line))
 
-    def _list_late(self, line: _Line) -> None:
-        if not line.listed_late:
-            line.listed_late = True
-            heappush(self._late, (line.account.served, next(self._ids), line))
-
-    def _head_ready(self, now: float) -> Sequence | None:
-        heap = self._ready
-        while heap:
-            served, entry_id, line = heap[0]
-            if not self._settle(line, now):
-                heappop(heap)
-                line.listed_ready = False
+    def _head(self, kind: int, now: float) -> Sequence | None:
+        listed = self._listed[kind]
+        while listed:
+            served, entry_id, line = listed[0]
+            if not self._settle(line, kind, now):
+                heappop(listed)
+                line.is_listed[kind] = False
+                if not any(line.is_listed):
+                    del self._lines[line.tenant]
             elif line.account.served > served:
-                heapreplace(heap, (line.account.served, entry_id, line))
+                heapreplace(listed, (line.account.served, entry_id, line))
             else:
-                return line.ready[0][-1]
+                return line.heaps[kind][0][-1]
         return None
 
-    def _settle(self, line: _Line, now: float) -> bool:
-        """Bring a request that can make it to the front; False if the line has none."""
-        ready = line.ready
-        while ready:
-            order, _, ticket, sequence = ready[0]
+    def _settle(self, line: _Line, kind: int, now: float) -> bool:
+        """Bring a request of the class to the front of its heap; False if the line has none."""
+        heap = line.heaps[kind]
+        while heap:
+            order, _, ticket, sequence = heap[0]
             if self._tickets.get(sequence) != ticket:
-                heappop(ready)
+                heappop(heap)
             elif sequence.lost_after_s < now:
-                heappop(ready)
-                heappush(line.late, (order, sequence.request.arrival_s, ticket, sequence))
-                self._list_late(line)
+                heappop(heap)
+                self._push(line, _LOST, (order, sequence.request.arrival_s, ticket, sequence))
             else:
                 return True
         return False
-
-    def _head_late(self) -> Sequence | None:
-        heap = self._late
-        while heap:
-            served, entry_id, line = heap[0]
-            late = line.late
-            while late and self._tickets.get(late[0][-1]) != late[0][-2]:
-                heappop(late)
-            if not late:
-                heappop(heap)
-                line.listed_late = False
-            elif line.account.served > served:
-                heapreplace(heap, (line.account.served, entry_id, line))
-            else:
-                return late[0][-1]
-        return None
 
 
 class ReturnQueue:
@@ -147,7 +133,7 @@ class ReturnQueue:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(self._tickets)
 
     def add(self, sequence: Sequence) -> None:

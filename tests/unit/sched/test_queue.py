@@ -83,3 +83,24 @@ def test_returning_work_keeps_its_place():
     assert queue.remove(early)
     assert queue.head() is late
     assert not queue.remove(early)
+
+
+def test_promises_are_kept_before_best_effort_is_made():
+    queue = TierQueue(Accounts())
+    other = make_sequence(tenant="a", latest_start_s=1.0)
+    promised = make_sequence(tenant="b", latest_start_s=5.0)
+    promised.promised = True
+    queue.accounts.charge_prompt("b", 100)
+    queue.add(other)
+    queue.add(promised)
+    assert drain(queue, 0.0) == [promised.request_id, other.request_id]
+
+
+def test_tenants_that_no_longer_matter_are_forgotten():
+    accounts = Accounts()
+    queue = TierQueue(accounts)
+    for i in range(10_000):
+        queue.add(make_sequence(tenant=f"tenant-{i}"))
+        drain(queue, 0.0)
+    assert accounts.num_tenants < 5000
+    assert not queue._lines
