@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from nitsum.engine.fake_client import FakeEngineClient
-from nitsum.messages import Buckets, Happening, Status, Tally
+from nitsum.events import PlanDecided
+from nitsum.messages import Buckets, Decision, Happening, Status, Tally
 from tests.server.server_kit import Bench, served
 
 TALLY = Tally(
@@ -33,11 +34,27 @@ TALLY = Tally(
 )
 
 
+DECIDED = PlanDecided(
+    at_s=1.0,
+    decision=7,
+    plan="TP1",
+    chosen="TP1",
+    reason="nothing to gain",
+    trigger="window",
+    scores=[],
+    load={},
+    expected_dwell_s=30.0,
+)
+DECISION = Decision(DECIDED, "#7: stayed in TP1: nothing to gain.")
+
+
 class CountingEngine(FakeEngineClient):
     """With a tally in its status."""
 
-    async def status(self) -> Status:
-        return msgspec.structs.replace(await super().status(), tally=TALLY, now_s=100.0)
+    async def status(self, num_decisions: int = 0) -> Status:
+        decisions = [DECISION] * num_decisions
+        plain = await super().status()
+        return msgspec.structs.replace(plain, tally=TALLY, now_s=100.0, decisions=decisions)
 
 
 def test_the_state_has_everything(checkpoint: Path):
@@ -50,6 +67,7 @@ def test_the_state_has_everything(checkpoint: Path):
     assert (tiers["flex"]["num_ended"], tiers["flex"]["attained"]) == (1, 1.0)
     assert tiers["priority"]["attained"] is None
     assert tiers["priority"]["ttft_target_ms"] == 300
+    assert state["decision"] == "#7: stayed in TP1: nothing to gain."
     assert state["news"] == [
         {"ago_s": 10.0, "kind": "restart", "text": "Workers restarted.", "count": 2}
     ]

@@ -208,6 +208,8 @@ def _time(tier: State, name: str) -> str:
 
 def _news(state: State) -> RenderableType:
     table = Table.grid(padding=(0, 1))
+    if state["decision"]:
+        table.add_row(Text("now", "dim", justify="right"), "", Text(state["decision"]))
     for one in state["news"][:12]:
         again = f" ({one['count']} times)" if one["count"] > 1 else ""
         ago = Text(f"{duration(one['ago_s'])} ago", "dim", justify="right")

@@ -235,8 +235,6 @@ def sentence(event: AnyEvent) -> tuple[Kind, str] | None:
             return "restart", restarted(event.restart_s, event.num_replayed)
         case PlanDecided() if event.chosen != event.plan:
             return "decision", f"{event.chosen} instead of {event.plan}: {event.reason}"
-        case PlanDecided():
-            return "decision", f"Staying with {event.plan}: {event.reason}"
         case _:
             return None
 

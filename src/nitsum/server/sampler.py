@@ -76,7 +76,7 @@ class Sampler:
 
     async def _status(self) -> Status | None:
         try:
-            return await self._service.engine.status()
+            return await self._service.engine.status(1)
         except ApiError:
             return None
 

@@ -101,6 +101,8 @@ class State(msgspec.Struct, frozen=True):
     last_restart_s: float
     news: list[NewsView]
     """The newest first."""
+    decision: str
+    """The controller's last one, in words; empty before the first, or without a controller."""
     history: list[Sample] = []
 
 
@@ -126,6 +128,7 @@ def state_of(service: Service, status: Status | None, tokens_per_s: float) -> St
         num_restarts=0 if tally is None else tally.num_restarts,
         last_restart_s=0.0 if tally is None else tally.last_restart_s,
         news=[] if status is None else _news(status),
+        decision="" if status is None or not status.decisions else status.decisions[-1].words,
     )
 
 

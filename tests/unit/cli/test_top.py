@@ -51,6 +51,7 @@ def state(**changes: Any) -> dict[str, Any]:
         num_open=5,
         num_restarts=0,
         last_restart_s=0.0,
+        decision="stayed because",
         news=[NewsView(65.0, "switch", "From A to B.", 2)],
     )
     return {**json.loads(msgspec.json.encode(made)), **changes}
@@ -70,6 +71,7 @@ def test_everything_is_there():
         "TP1@0 4 running",
         "TP1@1 0 running, 5 waiting",
         "TP2@0-1 0 running, 6 paused",
+        "now   stayed because",
         "90% of 10",
         "250 of 300",
         "1 min ago ● From A to B. (2 times)",

@@ -15,6 +15,7 @@ from nitsum.events import (
     Evicted,
     Finished,
     GenerationStarted,
+    PlanDecided,
     Promoted,
     Refused,
     StepEnded,
@@ -155,6 +156,20 @@ def test_news_are_sentences():
     assert [(one.kind, one.text) for one in report.recent] == [
         ("trouble", "Not gone to TP2: no room")
     ]
+
+
+def test_only_decisions_that_change_something_are_news():
+    stays = decided("2xTP1", "2xTP1")
+    assert tally_of(stays).report(2).recent == []
+    (news,) = tally_of(decided("2xTP1", "TP2")).report(2).recent
+    assert (news.kind, news.text) == ("decision", "TP2 instead of 2xTP1: more of them fit")
+
+
+def decided(plan: str, chosen: str) -> PlanDecided:
+    return PlanDecided(
+        at_s=1, decision=1, plan=plan, chosen=chosen, reason="more of them fit", trigger="window",
+        scores=[], load={}, expected_dwell_s=30,
+    )  # fmt: skip
 
 
 def test_the_same_news_again_are_counted():
