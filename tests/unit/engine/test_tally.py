@@ -182,7 +182,8 @@ def test_the_same_news_again_are_counted():
 
 def test_memory_of_plans_is_that_of_their_groups():
     shape = ModelShape(
-        family="llama", max_positions=512, num_layers=2, hidden_size=64, num_q_heads=4, num_kv_heads=2, head_dim=16,
+        family="llama", max_positions=512, num_layers=2, hidden_size=64, num_q_heads=4,
+        num_kv_heads=2, head_dim=16,
         intermediate_size=128, vocab_size=256,
     )  # fmt: skip
     sizes = plan_memory_bytes(EngineConfig(model=str(Path()), plans=default_plans(2)), shape)
