@@ -208,11 +208,17 @@ class Core:
         Of lanes that share ranks, the one whose next step is most urgent goes first, and one that
         has been passed over for long goes before it.
         """
-        generation = self.generation
-        generation.rank_load.held.clear()
+        generation, load = self.generation, self.generation.rank_load
+        load.held.clear()
         num_sent = 0
-        for loop in sorted(generation.loops.values(), key=generation.turn_order()):
-            if loop.scheduler.has_work and generation.rank_load.free_for(loop):
+        # A lane without room matters only to those it shares ranks with: they are kept for it.
+        loops = [
+            loop
+            for loop in generation.loops.values()
+            if loop.scheduler.neighbours or load.has_room(loop)
+        ]
+        for loop in sorted(loops, key=generation.turn_order()):
+            if loop.scheduler.has_work and load.free_for(loop):
                 num_sent += self._step(loop)
         return num_sent > 0
 

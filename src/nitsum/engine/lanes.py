@@ -62,6 +62,10 @@ class RankLoad:
         """No rank can take a step."""
         return min(self.num_in_flight) >= STEPS_AHEAD
 
+    def has_room(self, loop: LaneLoop) -> bool:
+        """Whether the lane's first rank can take a step; all do if no other lane uses them."""
+        return self.num_in_flight[loop.lane.group.leader] < STEPS_AHEAD
+
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
         in_flight, held = self.num_in_flight, self.held
