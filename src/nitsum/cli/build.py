@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import ssl
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -96,6 +97,8 @@ def build_server_settings(
         drain_s=settings.shutdown_timeout,
         stall_s=settings.stall_timeout,
         otlp=settings.otlp,
+        tls_cert=Path(settings.tls_cert) if settings.tls_cert else None,
+        tls_key=Path(settings.tls_key) if settings.tls_key else None,
         keys=Path(settings.keys) if settings.keys else None,
         data_dir=data_dir_of(settings),
         ledger=ledger_of(settings.ledger, data_dir_of(settings)),
@@ -121,6 +124,21 @@ def ledger_of(given: str, data_dir: Path) -> str:
     if given == "none":
         return ""
     return given or str(data_dir / "ledger.db")
+
+
+def check_tls(settings: ServeSettings) -> None:
+    """Raise what is wrong with the certificate, before a model is loaded for nothing."""
+    if settings.tls_key and not settings.tls_cert:
+        raise ConfigError("--tls-key needs its certificate: give --tls-cert, too.")
+    if not settings.tls_cert:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    except OSError as error:  # ssl's own errors are among them
+        files = " and ".join(filter(None, (settings.tls_cert, settings.tls_key)))
+        reason = error.strerror or error
+        raise ConfigError(f"--tls-cert: {files} cannot be used ({reason}).") from None
 
 
 def check_books(settings: ServeSettings) -> None:

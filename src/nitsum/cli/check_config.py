@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nitsum.cli.build import build_engine_config, build_plans, build_tiers, check_books
+from nitsum.cli.build import build_engine_config, build_plans, build_tiers, check_books, check_tls
 from nitsum.cli.checkpoint import (
     DEMO_NAME,
     checkpoint_folder,
@@ -49,6 +49,7 @@ def find_problems(settings: ServeSettings) -> list[str]:
         lambda s: build_plans(s),
         lambda s: build_tiers(s.tiers),
         check_books,
+        check_tls,
         _check_model,
     )
     problems = [problem for check in checks if (problem := _problem_of(check, settings))]

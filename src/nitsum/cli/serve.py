@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from nitsum.cli.build import build_engine_config, build_server_settings, check_books
+from nitsum.cli.build import build_engine_config, build_server_settings, check_books, check_tls
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.drawing import draw_plan
 from nitsum.cli.keeper import EngineKeeper
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if problem := port_problem(settings.host, settings.port):
         raise ConfigError(problem)  # said now, not after the model is loaded
     check_books(settings)
+    check_tls(settings)
     logs.set_up(settings.log_level, settings.log_format)
     model = checkpoint_folder(settings.model)
     config = build_engine_config(settings, model)
@@ -104,7 +105,11 @@ def curl_line(url: str, server: ServerSettings) -> str:
         "max_tokens": 60,
         "stream": True,
     }
-    return _curl(f"{url}/v1/chat/completions", body, "$NITSUM_API_KEY" if server.api_key else "")
+    return _curl(
+        f"{url}/v1/chat/completions",
+        body,
+        "$NITSUM_API_KEY" if server.api_key or server.keys else "",
+    )
 
 
 def switch_line(url: str, plan: str, server: ServerSettings) -> str:

@@ -84,6 +84,12 @@ class ServeSettings(PlanSettings):
     admin_key: str = setting(
         text, "", "admin routes need this key (default: loopback callers only)"
     )
+    tls_cert: str = setting(
+        text, "", "serve HTTPS with this certificate chain (PEM; default: HTTP)", "FILE"
+    )
+    tls_key: str = setting(
+        text, "", "the certificate's private key, unless it is in the same file", "FILE"
+    )
     keys: str = setting(
         text, "", "key file made by `nitsum keys add` (default: no keys needed)", "FILE"
     )

@@ -52,6 +52,8 @@ async def serve_async(
         server_header=False,
         timeout_keep_alive=65,
         timeout_graceful_shutdown=_CLOSE_S,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
     server = DrainingServer(config, app.state.service, on_ready, on_end=app.state.sampler.stop)
     running = asyncio.create_task(server.serve())
@@ -97,7 +99,8 @@ class DrainingServer(uvicorn.Server):
 
     def _url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self.config.is_ssl else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread, between any two instructions."""

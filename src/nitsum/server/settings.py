@@ -29,6 +29,10 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM); with it, and only with it, the port speaks HTTPS."""
+    tls_key: Path | None = None
+    """The certificate's private key, unless it is in the same file."""
     api_key: str | None = field(default=None, repr=False)
     """Callers must send it as a bearer token; None lets everybody in."""
     admin_key: str | None = field(default=None, repr=False)
@@ -61,6 +65,8 @@ class ServerSettings:
     """Answers one call may ask for: prompts times n."""
 
     def __post_init__(self) -> None:
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ConfigError("A TLS key needs its certificate: give --tls-cert, too.")
         if not self.model_names:
             raise ConfigError("Give the model at least one name.")
         if self.default_tier not in {tier.name for tier in self.tiers}:
