@@ -23,11 +23,11 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 HEADS = {
-    "llama": {},
+    "llama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 1},
 }
-"""Padded heads; biases; norms of q and k, and fewer KV heads than ranks."""
+"""Grouped heads; biases; norms of q and k, and fewer KV heads than ranks."""
 NUM_POSITIONS = 27
 WORST_RATIO = 1.5
 """Our error may be so much larger than that of bfloat16 `transformers`, on the same tokens."""

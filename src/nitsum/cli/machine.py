@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any, Literal
 
 PACKAGES = ("torch", "triton", "flashinfer-python", "safetensors", "transformers", "gguf")
@@ -167,9 +166,17 @@ def choose(packages: dict[str, str | None], num_gpus: int) -> dict[str, str]:
 
 
 def _attention(packages: dict[str, str | None]) -> str:
-    if packages["flashinfer-python"] and find_spec("tvm_ffi") is not None:
-        return f"FlashInfer {packages['flashinfer-python']}"
-    return f"Triton {packages['triton']}"
+    """As workers choose it; `NITSUM_ATTENTION` overrides."""
+    if not packages["triton"]:
+        return "none: Triton is missing"
+    from nitsum.worker.cuda.attention import chosen_library
+
+    names = {
+        "triton": f"Triton {packages['triton']}",
+        "flash3": "FlashAttention 3",
+        "flashinfer": f"FlashInfer {packages['flashinfer-python']}",
+    }
+    return names[chosen_library()]
 
 
 def examine(machine: Machine) -> Findings:
@@ -242,11 +249,6 @@ def _package_findings(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             "missing", "Triton is not installed: GPU ranks cannot run.",
             "It comes with PyTorch's CUDA build; pip install 'nitsum[gpu]' on Linux.",
-        )  # fmt: skip
-    if machine.gpus_seen_by_torch and not packages["flashinfer-python"]:
-        yield Finding(
-            "note", "FlashInfer is not installed: attention runs on Triton, which is slower.",
-            "pip install 'nitsum[gpu]'.",
         )  # fmt: skip
     if not packages["transformers"] or not packages["gguf"]:
         yield Finding(
