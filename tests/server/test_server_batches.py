@@ -85,7 +85,7 @@ async def results(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[
 def test_a_batch_by_the_openai_client(checkpoint: Path, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     bench = bench_of(checkpoint, tmp_path, ledger=str(ledger))
-    good = [line(f"line-{i}", service_tier="priority") for i in range(9)]
+    good = [line(f"line-{i}", service_tier="priority") for i in range(8)] + [line("line-8")]
 
     async def body(client: openai.AsyncOpenAI) -> None:
         batch_id = await submit(client, *good, line("bad", temperature=99))
@@ -112,7 +112,11 @@ def test_a_batch_by_the_openai_client(checkpoint: Path, tmp_path: Path) -> None:
     records = list(store.records())
     store.close()
     assert len(records) == 9
-    assert {(r.tier_asked, r.tier_served) for r in records} == {("priority", "batch")}
+    assert {(r.tier_asked, r.tier_served) for r in records} == {
+        ("priority", "batch"),
+        ("batch", "batch"),
+    }
+    assert [r.reason is None for r in records if r.tier_asked == "batch"] == [True]
     assert len({r.batch_id for r in records}) == 1
 
 

@@ -9,6 +9,7 @@ import re
 import time
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -71,16 +72,18 @@ def read_report(args: argparse.Namespace) -> Report:
 
 def print_report(report: Report, console: Console) -> None:
     """A table by tenant and tier, and below it what the machine earned."""
-    table = Table("tenant", "tier")
-    for name in ("requests", "refused", "input", "cached", "output", "met SLO", "price", "credit"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("tenant", "tier"):
+        table.add_column(name, min_width=8, overflow="fold")
+    for name in ("calls", "refused", "input", "cached", "output", "met", "price", "credit"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in report.lines:
         table.add_row(line.tenant or "-", line.tier, *_cells(line))
     table.add_section()
     table.add_row("all", "", *_cells(report.total))
     console.print(table)
     for sentence in _sentences(report):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def _cells(line: Line) -> tuple[str, ...]:

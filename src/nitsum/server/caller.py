@@ -82,6 +82,8 @@ def read_caller(
         )
     key, arrival_s = entrance.key, entrance.arrival_s
     auto = default_tier if key is None or key.default_tier is None else key.default_tier
+    if entrance.batch_id is not None:
+        auto = tiers.ordered[-1].name
     asked = _tier(headers, body.service_tier, tiers, auto)
     tier, reason = _allowed(asked, entrance, tiers)
     named = _name(headers, _FAIRNESS_HEADERS) or body.safety_identifier or body.user or ""
