@@ -346,8 +346,8 @@ def test_the_report_adds_up(
     text = capsys.readouterr().out
     assert "flat price" in text
     assert "GPU-hour" in text
-    for tier in ("priority", "default", "flex"):
-        assert f" {tier} " in text
+    for word in ("priority", "default", "flex", "credit"):
+        assert f" {word} " in text
     assert main(["report", "--ledger", str(path), "--since", "2999-01-01", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lines"] == []
     assert main(["report", "--ledger", str(path.parent / "none.db")]) == 2

@@ -75,7 +75,7 @@ def print_report(report: Report, console: Console) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("tenant", "tier"):
         table.add_column(name, min_width=8, overflow="fold")
-    for name in ("calls", "refused", "input", "cached", "output", "met", "price", "credit"):
+    for name in ("calls", "refused", "input", "output", "met", "price", "credit"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in report.lines:
         table.add_row(line.tenant or "-", line.tier, *_cells(line))
@@ -91,7 +91,6 @@ def _cells(line: Line) -> tuple[str, ...]:
         line.num_requests - line.num_refused,
         line.num_refused,
         line.num_prompt_tokens,
-        line.num_cached_tokens,
         line.num_output_tokens,
     )
     attained = "-" if line.attainment is None else f"{line.attainment:.1%}"
