@@ -218,8 +218,12 @@ class KvCache:
             victim = self.prefixes.victim(rank)
             if victim is None or self.arena.page_order(victim.group) < order:
                 start = self._compact(rank, order)
-                if start is not None or victim is None:
+                if start is not None:
                     return start
+                # Small cached pages were no help; a large one, used later than they, may be.
+                victim = self.prefixes.victim(rank, self.arena.units_per_block >> order)
+                if victim is None:
+                    return None
             self.evict(victim)
 
     def retain(self, block: Block, level: int | None = None) -> None:
@@ -331,7 +335,7 @@ class KvCache:
         return block
 
     def _compact(self, rank: int, order: int) -> int | None:
-        if order == 0 or self.pools[rank].num_free < 1 << order:
+        if order == 0 or self.free_units(rank) < 1 << order:
             return None
         made = compact(self, rank, order)
         if made is None:

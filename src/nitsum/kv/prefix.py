@@ -110,12 +110,17 @@ class PrefixIndex:
         for block_hash in hashes:
             self._mark(block_hash, self._kept[block_hash] - 1)
 
-    def victim(self, rank: int) -> Block | None:
-        """The next block to evict for room on `rank`: lowest tier first, then longest unused."""
+    def eviction_order(self, block: Block) -> tuple[int, int]:
+        """Sort key of an unreferenced block: lowest tier first, then longest unused."""
+        level = self._level(block)
+        return (-level, self._idle[block.group][level][block])
+
+    def victim(self, rank: int, max_degree: int | None = None) -> Block | None:
+        """The next block to evict for room on `rank`, of lanes up to `max_degree` if given."""
         best: Block | None = None
         best_key = (1, 0)
         for group, levels in self._idle.items():
-            if rank not in group.ranks:
+            if rank not in group.ranks or (max_degree and group.degree > max_degree):
                 continue
             for level, blocks in levels.items():
                 if blocks:
