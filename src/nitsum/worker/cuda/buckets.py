@@ -43,7 +43,7 @@ def decode_shapes(max_num_seqs: int) -> list[StepShape]:
 
 def chunk_shapes(max_num_seqs: int, max_batch_tokens: int, degree: int) -> list[StepShape]:
     """All shapes with chunks that a lane has graphs for, the cheapest first."""
-    widths = sorted({min(FEW_SEQS, max_num_seqs), max_num_seqs})
+    widths = chunk_widths(max_num_seqs)
     most = min(max_batch_tokens, GRAPHED_TOKENS * degree)
     return [
         StepShape(tokens, width, False, True)
@@ -53,15 +53,27 @@ def chunk_shapes(max_num_seqs: int, max_batch_tokens: int, degree: int) -> list[
     ]
 
 
-def shape_for(work: Sequence[Work], shapes: Sequence[StepShape]) -> StepShape:
-    """The first of `shapes` that holds the step; its own shape, without a graph, if none does."""
+def chunk_widths(max_num_seqs: int) -> list[int]:
+    """Numbers of sequences that steps with chunks are padded to.
+
+    Graph or not: kernels are compiled for each of them, which must not happen under traffic.
+    """
+    return sorted({min(FEW_SEQS, max_num_seqs), max_num_seqs})
+
+
+def shape_for(
+    work: Sequence[Work], shapes: Sequence[StepShape], widths: Sequence[int]
+) -> StepShape:
+    """The first of `shapes` that holds the step; if none does, one without a graph, of the step's
+    own tokens and the first of `widths` that holds its sequences."""
     num_tokens = sum(part.num_tokens for part in work)
     decode = is_decode(work)
     for shape in shapes:
         holds = shape.num_tokens >= num_tokens and shape.num_seqs >= len(work)
         if holds and shape.is_decode == decode:
             return shape
-    return StepShape(num_tokens, len(work), False, False)
+    width = next(width for width in widths if width >= len(work))
+    return StepShape(num_tokens, width, False, False)
 
 
 def is_decode(work: Sequence[Work]) -> bool:

@@ -25,7 +25,7 @@ from nitsum.model.decoder import compute_logits, hidden_states
 from nitsum.model.interface import KvPages, StepInput
 from nitsum.model.views import ModelWeights
 from nitsum.shape import Geometry
-from nitsum.worker.cuda.buckets import StepShape, shape_for
+from nitsum.worker.cuda.buckets import StepShape, chunk_widths, shape_for
 from nitsum.worker.cuda.comm import CudaComm
 from nitsum.worker.cuda.sampling import CAPTURED, DeviceSampler, Draws
 from nitsum.worker.cuda.state import DeviceState
@@ -80,10 +80,11 @@ class CudaLane:
 
     def shape_for(self, work: Sequence[Work]) -> StepShape:
         """What a step of this work is padded to."""
-        shape = shape_for(work, self._shapes)
-        if self._eager.plans_on_host and not shape.has_graph:
-            return shape._replace(num_seqs=self._tensors.contexts.shape[0])
-        return shape
+        max_num_seqs = self._tensors.contexts.shape[0]
+        # A library that plans on the host wants the number of sequences it was made for.
+        fixed = self._eager.plans_on_host
+        widths = [max_num_seqs] if fixed else chunk_widths(max_num_seqs)
+        return shape_for(work, self._shapes, widths)
 
     # -- a step --
 

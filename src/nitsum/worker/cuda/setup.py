@@ -167,13 +167,14 @@ def _map(
 
 
 def _warm_up(parts: Parts) -> None:
-    """Every lane's largest step, drawing in every way, and a small one."""
+    """Every lane's largest step, drawing in every way, and one of each kind that kernels are
+    compiled for on their own."""
     units = parts.geometry.num_units
     arena = torch.zeros(_arena_elements(parts, units), dtype=parts.dtype, device=parts.device)
     lanes = _lanes(parts, _arena(parts, arena, units))
     for group, lane in lanes.items():
         parts.memory.barrier(group)
-        for work in largest_work(parts.spec), [Work(0, 0, 1, True)]:
+        for work in warm_up_works(parts.spec):
             _mixed_step(parts, group, lane, work)
     torch.cuda.synchronize()
 
@@ -197,12 +198,23 @@ def _mixed_step(parts: Parts, group: Group, lane: CudaLane, work: list[Work]) ->
     del raw
 
 
-def largest_work(spec: WorkerSpec) -> list[Work]:
-    """As many tokens as a step may have, over as many sequences as it may have."""
-    num_seqs = min(spec.max_num_seqs, spec.max_batch_tokens)
-    each, more = divmod(spec.max_batch_tokens, num_seqs)
-    longest = spec.max_model_len
-    return [Work(i, 0, min(each + (i < more), longest), True) for i in range(num_seqs)]
+def warm_up_works(spec: WorkerSpec) -> list[list[Work]]:
+    """The largest step first. Triton compiles anew for numbers divisible by 16, for 1, for each
+    padded number of sequences, and our kernels for few tokens and for many."""
+    tokens = (spec.max_batch_tokens, spec.max_batch_tokens - 1, 272, 257, 48, 33)
+    num_seqs = (spec.max_num_seqs, 16, 3, 1)
+    return [
+        spread_work(min(n, spec.max_batch_tokens), min(s, spec.max_num_seqs), spec.max_model_len)
+        for s in num_seqs
+        for n in tokens
+    ]
+
+
+def spread_work(num_tokens: int, num_seqs: int, max_model_len: int) -> list[Work]:
+    """So many tokens over so many sequences (each at least one), all of which draw."""
+    num_seqs = min(num_seqs, num_tokens)
+    each, more = divmod(num_tokens, num_seqs)
+    return [Work(i, 0, min(each + (i < more), max_model_len), True) for i in range(num_seqs)]
 
 
 def _num_units(parts: Parts, largest_step_bytes: int) -> int:
