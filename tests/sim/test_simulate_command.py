@@ -51,7 +51,7 @@ def test_a_sweep_ends_in_ratios(tmp_path, capsys):
     words = ["--plan", "TP2", "--against", "2xTP1:fcfs", "--sweep", "1,2", "--json"]
     assert main([*BASE, *FEW, *words, "--html", str(page)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert "goodput_ratio_at_2_2xtp1_fcfs" in found["figures"]
+    assert "goodput_ratio_at_2_fcfs" in found["figures"]
     assert {"date", "command", "versions", "hardware", "notes"} <= set(found)
     assert page.read_text().count("<polyline") >= 2
 

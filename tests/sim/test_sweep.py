@@ -83,6 +83,7 @@ def test_ratios_are_ours_over_theirs_and_latencies_the_other_way_round():
     assert found["goodput_ratio_b"] == pytest.approx(2.0)
     assert found["goodput_ratio_at_4_b"] == pytest.approx(6.0)
     assert found["chain_p99_ratio_at_2_b"] == pytest.approx(2.0)
+    assert found["chain_p99_ratio"] == pytest.approx(1.5)
 
 
 def test_a_page_shows_every_system():
