@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 import zmq
+from msgspec import structs
 
 from nitsum.clock import MonotonicClock
 from nitsum.config import EngineConfig
@@ -119,6 +120,9 @@ class Driver:
         self._something_new = False
 
     def submit(self, request: Request) -> None:
+        """Submit it; unless it says otherwise, it arrives now."""
+        if not request.arrival_s:
+            request = structs.replace(request, arrival_s=time.monotonic())
         self.answers[request.request_id] = Answer(request)
         self.core.submit(request)
         self._something_new = True

@@ -1,0 +1,340 @@
+"""What a switch costs the streams that run across it, in an arena that is full.
+
+    streams      `num_streams` greedy answers, always running, of the highest tier
+    background   requests of the lowest tier that keep arriving and fill whatever room is left
+    switch       when the arena is full, a prompt is half computed and every stream has a few gaps
+
+The text of every stream is then compared with the static layout's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+from msgspec import structs
+
+from nitsum.bench.driver import Answer, Driver, Workers
+from nitsum.bench.moved import holds_kv
+from nitsum.bench.reference import from_bytes
+from nitsum.bench.scenario import plan_walk, static_plan, with_static
+from nitsum.config import EngineConfig
+from nitsum.errors import NitsumError
+from nitsum.messages import SwitchReport
+from nitsum.metrics.percentiles import Summary, summarise
+from nitsum.metrics.records import Recorder
+from nitsum.metrics.switches import SETTLE_S, SwitchSummary, pauses, summarise_switches
+from nitsum.plan import PlanSet
+from nitsum.request import Request, SamplingParams
+from nitsum.shape import Geometry, ModelShape, round_up
+from nitsum.shared import DTYPE_BYTES
+from nitsum.tier import Tier
+
+OnStage = Callable[[str, int, int], None]
+"""Called with (what is being done, how much of it is done, how much there is)."""
+
+FULL = 0.95
+"""Share of all ranks' units in use by requests from which the arena counts as full."""
+MIN_TOKENS = 5
+"""Tokens each stream has had since the switch before: enough gaps for a median."""
+PATIENCE_S = 60.0
+"""A switch waits so long for a full arena; one that then starts anyway is counted apart."""
+CLOSE_LOGITS = 1e-3
+"""Two best logits of the reference nearer than this may change places in another layout."""
+
+TIERS = (
+    Tier("priority", 0, deadline_s=1e6, max_wait_s=1e6),
+    Tier("batch", 1, deadline_s=1e6, max_wait_s=1e6),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    model: Path
+    plans: PlanSet
+    num_each_way: int = 20
+    num_streams: int = 8
+    num_prompt: int = 32
+    num_answer: int = 160
+    """Of a stream; when one ends the next begins."""
+    block_tokens: int = 16
+    seed: int = 0
+
+    @property
+    def num_switches(self) -> int:
+        num_plans = len(self.plans.plans)
+        return self.num_each_way * num_plans * (num_plans - 1)
+
+
+@dataclass
+class Result:
+    reports: list[SwitchReport]
+    directions: list[SwitchSummary]
+    added_pause_s: Summary
+    """Of all streams across all switches."""
+    use_at_switch: list[float]
+    """Mean use of the ranks' arenas when each switch began."""
+    num_in_full_arena: int
+    """Switches that began with a full arena and a prefill in flight."""
+    num_streams: int
+    num_same: int
+    """Streams whose text is the static layout's to the last token."""
+    num_close: int
+    """Streams that left it where the reference's two best logits were too close to call."""
+    different: list[str] = field(default_factory=list[str])
+    """Streams that left it anywhere else."""
+
+    def figures(self) -> dict[str, float]:
+        waves = [wave for report in self.reports for wave in report.waves]
+        count = max(1, len(self.reports))
+        pause = self.added_pause_s
+        found = {
+            "num_switches": len(self.reports),
+            "num_switches_in_full_arena": self.num_in_full_arena,
+            "lowest_use_at_switch_share": min(self.use_at_switch, default=0.0),
+            "num_pauses": pause.num,
+            "added_pause_p50_ms": _ms(pause.p50),
+            "added_pause_p99_ms": _ms(pause.p99),
+            "added_pause_max_ms": _ms(pause.max),
+            "moved_bytes_per_switch": sum(w.bytes_moved for w in waves) / count,
+            "units_in_place_per_switch": sum(w.units_in_place for w in waves) / count,
+            "num_waves_per_switch": len(waves) / count,
+            "switch_ms": 1e3 * sum(report.duration_s for report in self.reports) / count,
+            "propose_ms_per_switch": 1e3 * sum(w.propose_s for w in waves) / count,
+            "precopy_ms_per_switch": 1e3 * sum(w.precopy_s for w in waves) / count,
+            "cutover_ms_per_switch": 1e3 * sum(w.cutover_s for w in waves) / count,
+            "num_left_behind": sum(report.num_left_behind for report in self.reports),
+            "num_streams": self.num_streams,
+            "num_streams_same_text": self.num_same,
+            "num_streams_close_call": self.num_close,
+            "num_streams_different": len(self.different),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def measure(options: Options, on_stage: OnStage, note: Callable[[str], None]) -> Result:
+    """Run the streams across all switches, then without any, and compare."""
+    with Workers(engine_config(options), on_progress=note) as workers:
+        run = _Run(options, workers, on_stage)
+        while run.goes_on():
+            run.refill()
+            if run.is_time_to_switch():
+                run.switch()
+            run.driver.turn()
+        result = run.result()
+        compare_text(result, run.streams(), _static_streams(workers, options, run, on_stage))
+    return result
+
+
+def engine_config(options: Options) -> EngineConfig:
+    """All streams at their longest would take two thirds of the arenas; the rest is for others."""
+    shape = ModelShape.from_folder(options.model)
+    plans = with_static(options.plans)
+    geometry = Geometry(shape, plans.max_tp)
+    blocks = -(-(options.num_prompt + options.num_answer) // options.block_tokens)
+    blocks_per_rank = -(-3 * options.num_streams * blocks // (2 * plans.num_ranks))
+    units = round_up(blocks_per_rank * geometry.units_per_page(1), geometry.num_units)
+    return EngineConfig(
+        model=str(options.model),
+        plans=plans,
+        kv_bytes=units * geometry.unit_bytes(options.block_tokens, DTYPE_BYTES["float32"]),
+        block_tokens=options.block_tokens,
+        max_model_len=options.num_prompt + options.num_answer,
+        max_num_seqs=4 * options.num_streams,
+        max_batch_tokens=max(64, 4 * options.num_streams),
+        tiers=TIERS,
+        timeout_s=120.0,
+    )
+
+
+class _Run:
+    """Streams under switches, one turn at a time."""
+
+    def __init__(self, options: Options, workers: Workers, on_stage: OnStage) -> None:
+        self._options = options
+        self._on_stage = on_stage
+        self._recorder = Recorder()
+        self.driver: Driver = workers.driver(sink=self._recorder)
+        vocab_size = workers.shape.vocab_size
+        self._prompts = _stream_prompts(options, vocab_size)
+        self._background = _background(options, vocab_size)
+        walk = plan_walk(options.plans.plans, options.plans.initial, Random(options.seed))
+        self._targets = list(islice(walk, options.num_switches))
+        self._num_started = 0
+        self._is_over = False
+        self._due_s = time.monotonic() + PATIENCE_S
+        self._num_in_full_arena = 0
+        self._use_at_switch: list[float] = []
+        self._lengths: dict[str, int] = {}
+        """Tokens each running stream had when the last switch had settled."""
+        self._settled_s = 0.0
+
+    def goes_on(self) -> bool:
+        return self._wants_more() or bool(self._running())
+
+    def streams(self) -> list[Answer]:
+        answers = self.driver.answers
+        return [answer for request_id, answer in answers.items() if request_id[0] == "s"]
+
+    def refill(self) -> None:
+        """As many streams as there should be, and some of the background always waiting."""
+        if not self._wants_more():
+            return
+        for _ in range(self._options.num_streams - len(self._running())):
+            self.driver.submit(next(self._prompts))
+        num_waiting = self.driver.core.status("switch").num_waiting
+        for _ in range(self._options.num_streams - num_waiting):
+            self.driver.submit(next(self._background))
+
+    def is_time_to_switch(self) -> bool:
+        if not self._wants_switch() or self.driver.is_switching or not self._has_gaps():
+            return False
+        return self._is_full_and_in_prefill() or time.monotonic() > self._due_s
+
+    def switch(self) -> None:
+        target = self._targets[self._num_started]
+        self._on_stage(f"Switching to {target}", self._num_started, len(self._targets))
+        self._num_in_full_arena += self._is_full_and_in_prefill()
+        self._use_at_switch.append(self._use())
+        self._num_started += 1
+        self._due_s = time.monotonic() + PATIENCE_S
+        self._lengths = {}
+        self.driver.switch(target)
+
+    def result(self) -> Result:
+        records = [r for name, r in self._recorder.requests.items() if name[0] == "s"]
+        switches = self._recorder.switches
+        found, _ = pauses(switches, records)
+        return Result(
+            reports=self.driver.reports,
+            directions=summarise_switches(
+                switches, records, self._recorder.steps, small_samples=True
+            ),
+            added_pause_s=summarise((pause.added_s for pause in found), small_samples=True),
+            use_at_switch=self._use_at_switch,
+            num_in_full_arena=self._num_in_full_arena,
+            num_streams=len(self.streams()),
+            num_same=0,
+            num_close=0,
+        )
+
+    def _wants_switch(self) -> bool:
+        return self._num_started < len(self._targets)
+
+    def _wants_more(self) -> bool:
+        """Until the last switch has ended and every stream has had a few tokens since."""
+        if len(self.driver.reports) == len(self._targets) and self._has_gaps():
+            self._is_over = True
+        return not self._is_over
+
+    def _running(self) -> list[Answer]:
+        """Streams that go on; raises `NitsumError` when one was refused."""
+        streams = self.streams()
+        for answer in streams:
+            if answer.error is not None:
+                raise NitsumError(f"A stream ended in an error: {answer.error}")
+        return [answer for answer in streams if answer.finish_reason is None]
+
+    def _has_gaps(self) -> bool:
+        """Every stream has had enough tokens since the switch before had settled."""
+        if self.driver.is_switching:
+            self._settled_s = time.monotonic() + SETTLE_S
+        running = self._running()
+        if time.monotonic() < self._settled_s:
+            return False
+        for answer in running:
+            self._lengths.setdefault(answer.request.request_id, len(answer.tokens))
+        counts = [
+            len(answer.tokens) - self._lengths[answer.request.request_id] for answer in running
+        ]
+        return len(counts) == self._options.num_streams and min(counts) >= MIN_TOKENS
+
+    def _use(self) -> float:
+        kv_used = self.driver.core.status("switch").kv_used
+        return sum(kv_used) / len(kv_used)
+
+    def _is_full_and_in_prefill(self) -> bool:
+        sequences = self.driver.core.sequences.values()
+        in_prefill = any(holds_kv(sequence) and sequence.in_prefill for sequence in sequences)
+        return in_prefill and self._use() >= FULL
+
+
+def _stream_prompts(options: Options, vocab_size: int) -> Iterator[Request]:
+    random = Random(options.seed)
+    for number in itertools.count():
+        # Of different lengths, so that they do not all end, and leave the arena empty, together.
+        num_answer = random.randint(options.num_answer // 2, options.num_answer)
+        sampling = SamplingParams(max_tokens=num_answer, temperature=0.0)
+        prompt = random.choices(range(vocab_size), k=options.num_prompt)
+        yield Request(f"s{number}", prompt, sampling, tier="priority", tier_asked="priority")
+
+
+def _background(options: Options, vocab_size: int) -> Iterator[Request]:
+    """Prompts of all lengths, which fill the gaps, half of them with one of two common prefixes."""
+    random = Random(options.seed + 1)
+    block = options.block_tokens
+    prefixes = [random.choices(range(vocab_size), k=block) for _ in range(2)]
+    for number in itertools.count():
+        prefix = random.choice(prefixes) if random.random() < 0.5 else []
+        tail = random.choices(range(vocab_size), k=random.randint(1, 5 * block))
+        sampling = SamplingParams(max_tokens=random.randint(block // 2, 2 * block), seed=number)
+        yield Request(f"b{number}", prefix + tail, sampling, tier="batch", tier_asked="batch")
+
+
+# --- the text -----------------------------------------------------------------------------------
+
+
+def _static_streams(
+    workers: Workers, options: Options, run: _Run, on_stage: OnStage
+) -> list[Answer]:
+    """The same streams in one layout, with logits."""
+    plans = workers.config.plans
+    static = PlanSet(plans.num_ranks, plans.plans, static_plan(options.plans).name)
+    driver = workers.driver(replace(workers.config, plans=static, prefix_cache=False))
+    streams = run.streams()
+    for answer in streams:
+        name, prompt = answer.request.request_id, answer.request.prompt
+        sampling = structs.replace(answer.request.sampling, return_logits=True)
+        driver.submit(Request(name, prompt, sampling, tier="priority", tier_asked="priority"))
+    while driver.core.has_work:
+        driver.turn()
+        num_ended = len(streams) - driver.num_active
+        on_stage(f"Without switches, in {static.initial}", num_ended, len(streams))
+    return [driver.answers[answer.request.request_id] for answer in streams]
+
+
+def compare_text(result: Result, streams: list[Answer], static: list[Answer]) -> None:
+    """Fill in how many texts are the same, and which are different without an excuse."""
+    for ours, other in zip(streams, static, strict=True):
+        place = first_difference(ours.tokens, other.tokens)
+        if place is None:
+            result.num_same += 1
+        elif place < len(other.logits) and best_two_gap(other.logits[place]) < CLOSE_LOGITS:
+            result.num_close += 1
+        else:
+            result.different.append(f"{ours.request.request_id} from token {place} on")
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """Index of the first token that is not the same, a missing one included."""
+    for index, (x, y) in enumerate(itertools.zip_longest(a, b)):
+        if x != y:
+            return index
+    return None
+
+
+def best_two_gap(logits: bytes) -> float:
+    """How much the best logit is above the second."""
+    best = from_bytes([logits])[0].topk(2).values
+    return (best[0] - best[1]).item()

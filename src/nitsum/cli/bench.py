@@ -1,0 +1,47 @@
+"""`nitsum bench`: one word for each measurement, each in a module of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from nitsum.cli import bench_engine, bench_load, bench_switch
+
+_MEASUREMENTS = (
+    (
+        "engine",
+        "decode speed against transformers and against the floor of memory",
+        bench_engine.add_arguments,
+        bench_engine.run,
+    ),
+    (
+        "switch",
+        "what a plan switch costs the streams that run across it",
+        bench_switch.add_arguments,
+        bench_switch.run,
+    ),
+    (
+        "serve",
+        "latency and goodput of a running server under a workload",
+        bench_load.add_serve_arguments,
+        bench_load.run_serve,
+    ),
+    (
+        "compare",
+        "several servers under the same arrivals, turn by turn",
+        bench_load.add_compare_arguments,
+        bench_load.run_compare,
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A subcommand for each measurement."""
+    words = parser.add_subparsers(metavar="WHAT", required=True)
+    for word, help_text, add, measure in _MEASUREMENTS:
+        subparser = words.add_parser(word, help=help_text)
+        add(subparser)
+        subparser.set_defaults(measure=measure)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.measure(args)
