@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import accumulate
 from math import ceil, inf
 from typing import TYPE_CHECKING
@@ -170,7 +170,7 @@ def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: 
 def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) -> None:
     """Chunks in order, each as large as the tightest affected decode allows."""
     had_none = True
-    for sequence in sorted(prefills, key=_order_key(lane)):
+    for sequence in _in_order(lane, prefills):
         num_tokens = _chunk_tokens(lane, step, sequence)
         if not num_tokens:
             break
@@ -189,19 +189,24 @@ def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_toke
     step.tokens[lane.setting.level(sequence)] += num_tokens
 
 
-def _order_key(lane: LaneScheduler) -> Callable[[Sequence], tuple[int, bool, float]]:
+def _in_order(lane: LaneScheduler, prefills: list[Sequence]) -> Iterator[Sequence]:
     """Promoted first, then those their tier is owed, then tiers; inside each promised ones, by
-    slack."""
-    level_of, shares, by_slack = lane.setting.level, lane.shares, lane.rules.slack
+    slack. A step takes a few of many, so only what is asked for gets sorted."""
+    promoted: list[Sequence] = []
+    by_level: list[list[Sequence]] = [[] for _ in lane.levels]
+    level_of, by_slack = lane.setting.level, lane.rules.slack
+    for sequence in prefills:
+        (promoted if sequence.promoted else by_level[level_of(sequence)]).append(sequence)
+    owed = [level for level in lane.levels if lane.shares.protects(level)]
+    first = [sequence for level in owed for sequence in by_level[level]]
+    rest = [by_level[level] for level in lane.levels if level not in owed]
 
-    def key(sequence: Sequence) -> tuple[int, bool, float]:
-        level = level_of(sequence)
-        is_owed = shares.protects(level)
-        rank = -2 if sequence.promoted else -1 if is_owed else level
+    def key(sequence: Sequence) -> tuple[bool, float]:
         at_s = sequence.latest_start_s if by_slack else sequence.request.arrival_s
-        return rank, not sequence.promised, at_s
+        return not sequence.promised, at_s
 
-    return key
+    for bucket in (promoted, first, *rest):
+        yield from sorted(bucket, key=key)
 
 
 def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> int:
