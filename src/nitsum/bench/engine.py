@@ -67,14 +67,19 @@ class Batch:
     num_steps: int
     ours: list[Timing] = field(default_factory=list[Timing])
     theirs: list[Timing] = field(default_factory=list[Timing])
-    worker_ms: float = 0.0
-    """Median step inside the worker."""
+    worker_s: list[float] = field(default_factory=list[float])
+    """Decode steps of the whole batch, inside the worker."""
 
     @property
     def vs_transformers(self) -> float:
         """Median over rounds of ours / theirs, tokens/s."""
         pairs = zip(self.ours, self.theirs, strict=True)
         return statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs)
+
+    @property
+    def worker_ms(self) -> float:
+        """Median step inside the worker."""
+        return 1e3 * statistics.median(self.worker_s)
 
     def decode_ms(self, timings: list[Timing]) -> float:
         """Median time of a decode step."""
@@ -187,7 +192,7 @@ def _measure_batch(
         if number:
             batch.ours.append(ours)
             batch.theirs.append(other)
-            batch.worker_ms = _worker_ms(recorder, first_step, size)
+            batch.worker_s += _worker_s(recorder, first_step, size)
     return batch
 
 
@@ -197,11 +202,10 @@ def make_prompts(options: Options, vocab_size: int, size: int, number: int) -> l
     return [random.choices(range(vocab_size), k=options.num_prompt) for _ in range(size)]
 
 
-def _worker_ms(recorder: Recorder, first_step: int, size: int) -> float:
-    """Median decode step of the whole batch, of those recorded since `first_step`."""
+def _worker_s(recorder: Recorder, first_step: int, size: int) -> list[float]:
+    """Decode steps of the whole batch, of those recorded since `first_step`."""
     steps = recorder.steps[first_step:]
-    decodes = [s.seconds for s in steps if s.num_decode == size and not s.prefill_tokens]
-    return 1e3 * statistics.median(decodes)
+    return [s.seconds for s in steps if s.num_decode == size and not s.prefill_tokens]
 
 
 def run_ours(driver: Driver, prompts: list[list[int]], num_answer: int) -> Timing:
