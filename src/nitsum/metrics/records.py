@@ -244,7 +244,9 @@ class Recorder:
                 record.downgrade_reason = event.reason
             case Displaced():
                 record.num_displaced += 1
-                record.paused.append((event.at_s, None))
+                _begin_pause(record, event.at_s)
+            case Preempted():
+                _begin_pause(record, event.at_s)
             case Resumed():
                 _end_pause(record, event.at_s)
             case Promoted():
@@ -295,6 +297,12 @@ class Recorder:
         switch.ended_s, switch.ok, switch.message = event.at_s, event.ok, event.message
         switch.bytes_moved = event.bytes_moved
         switch.num_left_behind = event.num_left_behind
+
+
+def _begin_pause(record: RequestRecord, at_s: float) -> None:
+    """It may be displaced first and lose its room later: that is one pause."""
+    if not record.paused or record.paused[-1][1] is not None:
+        record.paused.append((at_s, None))
 
 
 def _end_pause(record: RequestRecord, at_s: float) -> None:
