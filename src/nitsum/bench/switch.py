@@ -91,6 +91,12 @@ class Result:
     different: list[str] = field(default_factory=list[str])
     """Streams that left it anywhere else."""
 
+    @property
+    def counts(self) -> bool:
+        """Every text is right, and every switch ended well and began in a full arena."""
+        all_ok = all(report.ok for report in self.reports)
+        return not self.different and all_ok and self.num_in_full_arena >= len(self.reports)
+
     def figures(self) -> dict[str, float]:
         waves = [wave for report in self.reports for wave in report.waves]
         count = max(1, len(self.reports))

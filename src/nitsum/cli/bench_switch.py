@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**summary(result.figures(), notes), "different": result.different}))
     else:
         print_result(result)
-    return 1 if result.different else 0
+    return 0 if result.counts else 1
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import structs
+
 from nitsum.control.migration import Lanes, Wave
 from nitsum.errors import SwitchRefused
 from nitsum.events import (
@@ -59,12 +61,15 @@ class Switch:
     """A switch under way."""
 
     op_id: str
+    """The operation that started it; its events carry this id."""
     src: Plan
     dst: Plan
     started_s: float
     waves: list[WaveReport] = field(default_factory=list[WaveReport])
     stuck: set[str] = field(default_factory=set[str])
     """Requests that could not be moved when it was tried last."""
+    also_asked: list[str] = field(default_factory=list[str])
+    """Operations that asked for the same plan meanwhile; each gets the report too."""
     wave: Wave | None = None
     failed_at: int = -1
     """`num_departures` when nothing could be proposed; no new try before it grows."""
@@ -99,7 +104,8 @@ class Switcher:
         """
         if self.current is not None:
             if self.current.dst.name == target.name:
-                self.current.op_id = op_id
+                if op_id != self.current.op_id:
+                    self.current.also_asked.append(op_id)
                 return None
             raise SwitchRefused(
                 f"A switch to {self.current.dst.name} is under way. Try again when it has ended."
@@ -116,22 +122,22 @@ class Switcher:
         self._open(self.current)
         return None
 
-    def advance(self) -> SwitchReport | None:
-        """One turn of work; the report when the switch ends with it."""
+    def advance(self) -> list[SwitchReport]:
+        """One turn of work; when the switch ends with it, a report for everybody who asked."""
         switch = self.current
         if switch is None:
-            return None
+            return []
         if switch.wave is not None:
             if not switch.wave.advance():
-                return None
+                return []
             self._record(switch, switch.wave)
             switch.wave = None
         switch.wave = self._propose(switch)
         if switch.wave is not None:
             switch.wave.advance()  # its first messages leave in this turn
-            return None
+            return []
         if not self._close_drained(switch):
-            return None
+            return []
         return self._end(switch, ok=True, message="")
 
     def acknowledge(self, move_id: int, num_bytes: int) -> None:
@@ -160,9 +166,9 @@ class Switcher:
                 )
             )
 
-    def abandon(self, message: str) -> SwitchReport | None:
+    def abandon(self, message: str) -> list[SwitchReport]:
         """The workers are gone, and with them all KV: the new plan is in force at once."""
-        return None if self.current is None else self._end(self.current, ok=False, message=message)
+        return [] if self.current is None else self._end(self.current, ok=True, message=message)
 
     @property
     def draining(self) -> list[Group]:
@@ -289,7 +295,7 @@ class Switcher:
             )
         )
 
-    def _end(self, switch: Switch, *, ok: bool, message: str) -> SwitchReport:
+    def _end(self, switch: Switch, *, ok: bool, message: str) -> list[SwitchReport]:
         now = self.lanes.now()
         self.current = None
         report = SwitchReport(
@@ -315,7 +321,8 @@ class Switcher:
                 num_left_behind=report.num_left_behind,
             )
         )
-        return report
+        others = [structs.replace(report, op_id=op_id) for op_id in switch.also_asked]
+        return [report, *others]
 
 
 def _only_in(plan: Plan, other: Plan) -> list[Group]:

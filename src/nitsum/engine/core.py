@@ -193,8 +193,7 @@ class Core:
         self.outbox.put(error_output(sequence.request, error, sequence.tier))
 
     def _switch(self) -> None:
-        report = self.generation.switcher.advance()
-        if report is not None:
+        for report in self.generation.switcher.advance():
             self.outbox.put(report)
 
     def _dispatch(self) -> None:
@@ -280,8 +279,7 @@ class Core:
         """A worker is gone: start all of them anew, replay every request from what is known."""
         started_s = self.clock.now()
         old = self.generation
-        report = old.switcher.abandon(f"{death} The new plan is in force after a restart.")
-        if report is not None:
+        for report in old.switcher.abandon(f"{death} The workers start anew in this plan."):
             self.outbox.put(report)
         self._start_workers()
         self.generation = self._new_generation(old.switcher.plan.name)

@@ -304,7 +304,8 @@ class LaneScheduler:
             self.kv.close(sequence.request_id)
             return False
         step.num_free_slots -= 1
-        sequence.num_cached = num_cached
+        if not sequence.num_restarts:  # later hits are on its own earlier work
+            sequence.num_cached = num_cached
         sequence.num_dispatched = sequence.num_computed = num_cached
         self._note_admitted(sequence, num_tokens - num_cached, step)
         return True

@@ -56,7 +56,16 @@ async def switch(http: HttpRequest) -> Response:
         )
     op_id = body.op_id or f"switch-{uuid.uuid4().hex}"
     service.metrics.asked_switch(op_id)
-    return _report(await service.engine.switch(op_id, body.plan))
+    report = await service.engine.switch(op_id, body.plan)
+    if report.to_plan != body.plan:
+        raise ApiError(
+            f"Operation {op_id!r} is a switch to {report.to_plan}. Use an op_id of its own for "
+            f"{body.plan}.",
+            status=409,
+            param="op_id",
+            code="op_id_in_use",
+        )
+    return _report(report)
 
 
 def _report(report: SwitchReport) -> Response:

@@ -96,3 +96,39 @@ def test_switch_to_an_unknown_plan_is_refused():
     machine.turn()
     assert not machine.reports[0].ok
     assert "4xTP1" in machine.reports[0].message
+
+
+def test_everybody_who_asks_for_a_switch_hears_of_its_end():
+    machine = Machine(seed=2)
+    for i in range(4):
+        machine.submit([i] * 9, max_tokens=8)
+    machine.turn()
+    machine.core.switch("first", "TP4")
+    machine.core.switch("second", "TP4")
+    machine.core.switch("first", "TP4")
+    machine.drain()
+    assert [report.op_id for report in machine.reports] == ["first", "second"]
+    assert all(report.ok for report in machine.reports)
+
+
+def test_a_worker_that_dies_in_a_switch_leaves_the_new_plan_in_force():
+    machine = Machine(seed=2)
+    for i in range(4):
+        machine.submit([i] * 9, max_tokens=8)
+    for _ in range(5):
+        machine.turn()
+    machine.core.switch("op", "TP4")
+    machine.executor.dying = True
+    machine.drain()
+    assert machine.reports[0].ok
+    assert "killed by the test" in machine.reports[0].message
+    assert machine.core.status("x").plan == "TP4"
+
+
+def test_hits_on_its_own_earlier_work_are_no_cached_prompt():
+    machine = Machine(num_ranks=1, units_per_block=1, num_blocks=12)
+    requests = [machine.submit([i] * 5, max_tokens=24) for i in range(3)]
+    sequences = [machine.core.sequences[request] for request in requests]
+    machine.drain()
+    assert any(sequence.num_restarts for sequence in sequences)
+    assert all(sequence.num_cached <= sequence.num_prompt for sequence in sequences)
