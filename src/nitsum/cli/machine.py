@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+from nitsum.errors import MissingDependency
+
 PACKAGES = ("torch", "triton", "flashinfer-python", "safetensors", "transformers", "gguf")
 
 MIN_CAPABILITY = 8.0
@@ -169,8 +171,10 @@ def _attention(packages: dict[str, str | None]) -> str:
     """As workers choose it; `NITSUM_ATTENTION` overrides."""
     if not packages["triton"]:
         return "none: Triton is missing"
-    from nitsum.worker.cuda.attention import chosen_library
-
+    try:
+        from nitsum.worker.cuda.attention import chosen_library
+    except MissingDependency:
+        return "none: Triton is installed and cannot be imported"
     names = {
         "triton": f"Triton {packages['triton']}",
         "flash3": "FlashAttention 3",

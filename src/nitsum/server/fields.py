@@ -12,6 +12,10 @@ from nitsum.server.schema import ChatBody, CommonBody, CompletionBody
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 48
+MAX_BIASES = 512
+"""Workers keep both in a table of fixed width on the device; the model's own end tokens add to the
+stop tokens there."""
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, bits well spread: seeds of copies share no pattern
@@ -53,6 +57,8 @@ def check_common(body: CommonBody, limits: Limits) -> None:
     check_range(body.min_tokens, "min_tokens", 0, _INT32_MAX)
     check_range(body.seed, "seed", -_INT64_MAX - 1, _INT64_MAX)
     check_range(body.priority, "priority", -_INT32_MAX, _INT32_MAX)
+    if len(body.stop_token_ids or ()) > MAX_STOP_TOKENS:
+        raise bad_request(f"Give {MAX_STOP_TOKENS} stop_token_ids at most.", "stop_token_ids")
     for token in body.stop_token_ids or ():
         check_token(token, limits.vocab_size, "stop_token_ids")
     _check_stream_options(body)
@@ -194,6 +200,8 @@ def copy_seed(seed: int, copy: int) -> int:
 
 
 def _logit_bias(body: CommonBody, vocab_size: int) -> dict[int, float]:
+    if len(body.logit_bias or {}) > MAX_BIASES:
+        raise bad_request(f"logit_bias may name {MAX_BIASES} tokens at most.", "logit_bias")
     found: dict[int, float] = {}
     for key, bias in (body.logit_bias or {}).items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
