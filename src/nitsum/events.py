@@ -290,6 +290,17 @@ class FileSink:
         self._file.close()
 
 
+class BothSinks:
+    """Two sinks as one."""
+
+    def __init__(self, first: EventSink, second: EventSink) -> None:
+        self.first, self.second = first, second
+
+    def emit(self, event: AnyEvent) -> None:
+        self.first.emit(event)
+        self.second.emit(event)
+
+
 class NullSink:
     def emit(self, event: AnyEvent) -> None:
         pass

@@ -12,7 +12,7 @@ import msgspec
 from nitsum.bench.load import LoadRun, LoadState, Progress
 from nitsum.bench.stream_client import Endpoint
 from nitsum.errors import NitsumError
-from nitsum.events import AnyEvent, EventSink
+from nitsum.events import BothSinks, EventSink
 from nitsum.metrics.eventfile import EventFile
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import Report, build_report
@@ -74,7 +74,7 @@ async def run_load(
         state = await _send(endpoint, items, recorder, vocab_size, targets, on_progress)
     else:
         with EventFile(events) as file:
-            sink = _Both(recorder, file)
+            sink = BothSinks(recorder, file)
             state = await _send(endpoint, items, sink, vocab_size, targets, on_progress)
     canaries = _take_canaries(recorder)
     report = build_report(recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples)
@@ -95,17 +95,6 @@ async def _send(
 
     run = LoadRun(endpoint, items, sink, vocab_size=vocab_size, target_of=target_of)
     return await run.run(on_progress)
-
-
-class _Both:
-    """Two sinks for one stream of events."""
-
-    def __init__(self, first: EventSink, second: EventSink) -> None:
-        self._sinks = (first, second)
-
-    def emit(self, event: AnyEvent) -> None:
-        for sink in self._sinks:
-            sink.emit(event)
 
 
 def with_canaries(

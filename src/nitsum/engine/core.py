@@ -27,9 +27,9 @@ from nitsum.engine.lanes import LaneLoop, StepInFlight
 from nitsum.engine.notes import emit_arrived, emit_sent, note_changes
 from nitsum.engine.outputs import Outbox, error_output
 from nitsum.engine.status import status_of
-from nitsum.engine.steering import BothSinks, Steering
+from nitsum.engine.steering import Steering
 from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied, bad_request
-from nitsum.events import EventSink, GenerationStarted, Refused, Started
+from nitsum.events import BothSinks, EventSink, GenerationStarted, Refused, Started
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
 from nitsum.messages import FromEngine, FromWorker, MoveDone, Status, StepDone, SwitchReport

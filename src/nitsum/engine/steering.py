@@ -13,7 +13,7 @@ from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import CostModel
 from nitsum.cost.table import TableCost
-from nitsum.events import AnyEvent, EventSink
+from nitsum.events import AnyEvent
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Decision
 from nitsum.plan import Group, Lane, Plan
@@ -76,6 +76,13 @@ def controller_of(
     """A controller over the resident plans; None when there is nothing to choose, or it is off."""
     if config.controller == "static" or len(config.plans.plans) < 2:
         return None
+    return new_controller(config, arena, cost, rules)
+
+
+def new_controller(
+    config: EngineConfig, arena: ArenaShape, cost: CostModel, rules: Rules | None = None
+) -> Controller:
+    """A controller over the resident plans, whatever the configuration asks for."""
 
     def kv_tokens(degree: int) -> float:
         pages = arena.num_units // arena.page_units(Group(degree, 0))
@@ -99,14 +106,3 @@ def decisions_of(controller: Controller | None, num: int) -> list[Decision]:
     if controller is None or num < 1:
         return []
     return [Decision(event, words(event)) for event in list(controller.recent)[-num:]]
-
-
-class BothSinks:
-    """Events for whoever wants them, and for the controller."""
-
-    def __init__(self, first: EventSink, second: EventSink) -> None:
-        self.first, self.second = first, second
-
-    def emit(self, event: AnyEvent) -> None:
-        self.first.emit(event)
-        self.second.emit(event)

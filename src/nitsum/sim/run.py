@@ -18,20 +18,17 @@ from typing import NamedTuple
 
 from nitsum.clock import VirtualClock
 from nitsum.control.controller import Controller
-from nitsum.control.score import Limits, Scorer
-from nitsum.control.steps import StepTimes
 from nitsum.engine.core import Core
+from nitsum.engine.steering import new_controller
 from nitsum.errors import NitsumError
-from nitsum.events import AnyEvent, EventSink
+from nitsum.events import BothSinks, EventSink
 from nitsum.messages import FromEngine, Output, SwitchReport
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets
-from nitsum.plan import Group
 from nitsum.sim.executor import HOST_LATENCY_S, SimExecutor
 from nitsum.sim.feed import Feed
 from nitsum.sim.system import System
 from nitsum.sim.threshold import Threshold
-from nitsum.tier import TierSet
 from nitsum.workload.items import WorkItem
 
 TICK_S = 0.5
@@ -113,7 +110,7 @@ class Simulation:
             noise=self.options.noise,
             seed=self.options.seed,
         )
-        every_sink = self.recorder if sink is None else _Both(self.recorder, sink)
+        every_sink = self.recorder if sink is None else BothSinks(self.recorder, sink)
         self.core = Core(
             system.config,
             system.arena,
@@ -228,15 +225,7 @@ def _rare_collections() -> Generator[None]:
 
 def controller_of(system: System) -> Controller:
     """A controller with the usual rules over the system's plans."""
-    config = system.config
-
-    def kv_tokens(degree: int) -> float:
-        pages = system.arena.num_units // system.arena.page_units(Group(degree, 0))
-        return float(pages * system.arena.block_tokens)
-
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, kv_tokens)
-    scorer = Scorer(StepTimes(system.cost, config.plans.degrees), limits)
-    return Controller(config.plans, TierSet(config.tiers), scorer, system.cost)
+    return new_controller(system.config, system.arena, system.cost)
 
 
 class SimulationStuck(NitsumError):
@@ -248,17 +237,6 @@ class SimulationStuck(NitsumError):
             f"{_STUCK_S:.0f} s. This is a fault of the scheduler; please report it with the "
             "command you ran."
         )
-
-
-class _Both:
-    """Two sinks as one."""
-
-    def __init__(self, first: EventSink, second: EventSink) -> None:
-        self.first, self.second = first, second
-
-    def emit(self, event: AnyEvent) -> None:
-        self.first.emit(event)
-        self.second.emit(event)
 
 
 def simulate(
