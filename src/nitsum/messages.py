@@ -143,7 +143,7 @@ class WaveReport(msgspec.Struct, frozen=True):
     cutover_s: float
 
 
-class SwitchReport(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+class SwitchReport(msgspec.Struct, tag=True, frozen=True):
     """How a switch went; sent when it ends, one way or the other."""
 
     op_id: str

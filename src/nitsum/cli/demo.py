@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
+from nitsum.bench.compare import Side, running
 from nitsum.cli.demo_chats import Chats
 from nitsum.cli.demo_report import print_switch, print_tiers, switch_table
 from nitsum.cli.progress import note
-from nitsum.errors import NitsumError
 from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.records import Recorder
 
@@ -39,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="nitsum-demo-") as folder:
         events = Path(folder) / "events.jsonl"
-        with _server(args.model, args.ranks, events) as url:
+        with running(_side(args.model, args.ranks, events)) as url:
             asyncio.run(_walk(console, url, args.clients))
         recorder = Recorder(read_events(events))
     console.print()
@@ -48,34 +42,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _server(model: str, num_ranks: int, events: Path) -> Iterator[str]:
-    """`nitsum serve` in a process of its own, on a free port; yields its URL."""
-    command = [sys.executable, "-m", "nitsum.cli", "serve", model]
-    flags = ["--ranks", str(num_ranks), "--port", "0", "--events", str(events)]
-    flags += ["--log-level", "warning"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
-    try:
-        yield _url(process)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _url(process: subprocess.Popen[str]) -> str:
-    """Read what the server prints until it says where it listens."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = re.search(r"at (http://\S+)", line)
-        if found:
-            return found[1]
-    raise NitsumError("The server ended before it listened; its messages are above.")
+def _side(model: str, num_ranks: int, events: Path) -> Side:
+    """`nitsum serve` in a process of its own."""
+    flags = ("--ranks", str(num_ranks), "--events", str(events), "--log-level", "warning")
+    return Side("demo", serve_flags=(model, *flags))
 
 
 async def _walk(console: Console, url: str, num_clients: int) -> None:
