@@ -1,6 +1,6 @@
 """`nitsum bench engine --device cuda` for the Llama-3.1-8B shape, without needing its checkpoint.
 
-python benchmarks/gpu_engine.py --out FOLDER [--saturation 512]
+python -m benchmarks.gpu_engine --out FOLDER [--tp 1,2] [--batches 1,64] [--saturation 512]
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--saturation", type=int, default=0)
+    parser.add_argument("--tp", type=numbers, default=(1,))
+    parser.add_argument("--batches", type=numbers, default=Options.batches)
+    parser.add_argument("--prompts", type=numbers, default=Options.prompts)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    options = Options(folder, saturation=args.saturation)
-    result = measure(options, lambda what, done, count: print(what, done, count, flush=True), print)
-    for name, value in result.figures.items():
+    figures: dict[str, float] = {}
+    for tp in args.tp:
+        options = Options(folder, tp, args.batches, args.prompts, args.saturation)
+        figures |= measure(options, lambda *stage: print(*stage, flush=True), print).figures
+        path = args.out / "engine.json"
+        path.write_text(json.dumps(summary(figures), indent=1))
+    for name, value in figures.items():
         print(f"{name:45}{value:12.4f}")
-    path = args.out / "engine.json"
-    path.write_text(json.dumps(summary(result.figures), indent=1))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """First contact with a GPU: does each part run, and how far from the floor is it?
 
-    python benchmarks/gpu_probe.py [--layers 32] [--out FOLDER]
+    python -m benchmarks.gpu_probe [--tp 2] [--layers 32] [--out FOLDER]
 
-One rank, in this process, Llama-3.1-8B shape, dummy bfloat16 weights. Prints a short table and
+Workers without an engine, Llama-3.1-8B shape, dummy bfloat16 weights. Prints a short table and
 writes `probe.json`. Nothing stops at the first failure.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -31,16 +33,43 @@ SHAPE = {
     "rope_theta": 500000.0,
 }
 CONTEXT = 1024
+NUM_MEMBERS = 8
+"""At least the degree: pages are the same on all of them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
+    from nitsum.shape import Geometry, ModelShape
+    from nitsum.shared import SPAWN, allocate
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": args.layers}))
+    specs = [make_spec(folder, rank, args.tp) for rank in range(args.tp)]
+    shared = allocate(specs[0], Geometry(ModelShape.from_folder(folder), args.tp))
+    others = [SPAWN.Process(target=probe, args=(spec, shared, args.out)) for spec in specs[1:]]
+    for process in others:
+        process.start()
+    probe(specs[0], shared, args.out)
+    for process in others:
+        process.join(60)
+        process.kill()
+    os._exit(0)
+
+
+def probe(spec: Any, shared: Any, out: Path) -> None:
+    """What every rank does, in step; the first one notes and prints."""
+    from nitsum.worker.cuda.symmetric import prepare_environment
+
+    prepare_environment()
+    if spec.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     figures: dict[str, Any] = {}
-    attempt(figures, "copy", lambda: copy_bandwidth(figures))
-    rank = attempt(figures, "start", lambda: make_rank(figures, args.layers))
+    attempt(figures, "copy", lambda: copy_bandwidth(figures, spec.rank))
+    rank = attempt(figures, "start", lambda: make_rank(figures, spec, shared))
     if rank is not None:
         for tokens in (512, 1155, 2048, 4096):
             attempt(figures, f"prefill {tokens}", lambda n=tokens: prefill(figures, rank, n))
@@ -48,8 +77,12 @@ def main() -> None:
         for batch in (1, 8, 32, 64, 128, 256):
             attempt(figures, f"decode {batch}", lambda b=batch: decode(figures, rank, b))
         attempt(figures, "host", lambda: host_profile(rank))
-        attempt(figures, "profile", lambda: profile(rank, args.out))
-    (args.out / "probe.json").write_text(json.dumps(figures, indent=1))
+        attempt(figures, "profile", lambda: profile(rank, out))
+    if not spec.rank:
+        (out / f"probe_tp{spec.num_ranks}.json").write_text(json.dumps(figures, indent=1))
+    sys.stdout.flush()
+    if spec.rank:
+        os._exit(0)
 
 
 def attempt(figures: dict[str, Any], name: str, call: Any) -> Any:
@@ -69,9 +102,15 @@ def note(figures: dict[str, Any], **values: float) -> None:
     print("  ".join(f"{name}={value:.4g}" for name, value in values.items()), flush=True)
 
 
-def copy_bandwidth(figures: dict[str, Any]) -> None:
+def median(values: list[float]) -> float:
+    """Of what the leader alone has."""
+    return statistics.median(values) if values else 0.0
+
+
+def copy_bandwidth(figures: dict[str, Any], rank: int) -> None:
     import torch
 
+    torch.cuda.set_device(rank)
     a = torch.randn(1 << 30, device="cuda")
     b = torch.empty_like(a)
     times = []
@@ -90,13 +129,16 @@ class Rank:
 
     def __init__(self, spec: Any, shared: Any) -> None:
         from nitsum.plan import Group
+        from nitsum.shared import Progress
         from nitsum.worker.cuda.setup import start
 
         self.runner, self.ready = start(spec, shared)
-        self.group = Group(1, 0)
+        self.group = Group(spec.num_ranks, 0)
         self.spec = spec
         self.step_id = 0
+        self.num_done = 0
         self.host_s: list[float] = []
+        self._progress = Progress(shared.progress)
 
     def send(self, work: list[Any], joins: Any = (), pages: Any = ()) -> None:
         from nitsum.messages import Step
@@ -108,27 +150,28 @@ class Rank:
         self.host_s.append(time.perf_counter() - started_s)
 
     def wait(self, count: int) -> list[Any]:
+        """Until `count` more steps are done; only the leader has something to say of them."""
         done: list[Any] = []
-        while len(done) < count:
+        self.num_done += count
+        while self._progress.completed(self.spec.rank) < self.num_done:
             done.extend(self.runner.finished())
         return done
 
 
-def make_rank(figures: dict[str, Any], layers: int) -> Rank:
+def make_spec(folder: Path, rank: int, tp: int) -> Any:
     from nitsum.messages import WorkerSpec
     from nitsum.plan import Group
-    from nitsum.shape import Geometry, ModelShape
-    from nitsum.shared import allocate
 
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
-    spec = WorkerSpec(
-        rank=0, num_ranks=1, device="cuda", model=str(folder), load_format="dummy",
-        dtype="bfloat16", max_tp=1, groups=[Group(1, 0)], block_tokens=16, num_units=0,
+    return WorkerSpec(
+        rank=rank, num_ranks=tp, device="cuda", model=str(folder), load_format="dummy",
+        dtype="bfloat16", max_tp=tp, groups=[Group(tp, 0)], block_tokens=16, num_units=0,
         max_slots=1024, max_model_len=8192, max_batch_tokens=8192, max_num_seqs=256,
         num_threads=4, engine_address=f"ipc://{folder}/engine", inbox_address="",
     )  # fmt: skip
-    rank = Rank(spec, allocate(spec, Geometry(ModelShape.from_folder(folder), 1)))
+
+
+def make_rank(figures: dict[str, Any], spec: Any, shared: Any) -> Rank:
+    rank = Rank(spec, shared)
     for name, value in rank.ready.phases.items():
         note(figures, **{f"start_{name}_s": value})
     for name, value in rank.ready.memory_bytes.items():
@@ -142,7 +185,8 @@ def pages_of(slot: int, num_tokens: int) -> Any:
 
     per_slot = 8192 // 16
     first = slot * 80 if slot < 256 else 256 * 80 + (slot - 256) * per_slot
-    return Pages(slot, 0, [list(range(first, first + -(-num_tokens // 16)))])
+    pages = list(range(first, first + -(-num_tokens // 16)))
+    return Pages(slot, 0, [pages] * NUM_MEMBERS)
 
 
 def join_of(slot: int, num_tokens: int) -> Any:
@@ -168,15 +212,16 @@ def prefill(figures: dict[str, Any], rank: Rank, num_tokens: int) -> None:
             [join_of(slot, num_tokens)],
             [pages_of(slot, num_tokens)],
         )
-        done = rank.wait(1)[0]
+        done = rank.wait(1)
         walls.append((time.perf_counter() - started_s) * 1e3)
-        seconds.append(done.seconds * 1e3)
+        seconds.extend(d.seconds * 1e3 for d in done)
     note(
         figures,
         **{
-            f"prefill_ms_tp1_{num_tokens}": statistics.median(seconds[2:]),
-            f"prefill_wall_ms_tp1_{num_tokens}": statistics.median(walls[2:]),
-            f"prefill_host_ms_tp1_{num_tokens}": 1e3 * statistics.median(rank.host_s[-6:]),
+            f"prefill_ms_tp{rank.spec.num_ranks}_{num_tokens}": median(seconds[2:]),
+            f"prefill_wall_ms_tp{rank.spec.num_ranks}_{num_tokens}": statistics.median(walls[2:]),
+            f"prefill_host_ms_tp{rank.spec.num_ranks}_{num_tokens}": 1e3
+            * statistics.median(rank.host_s[-6:]),
         },
     )
 
@@ -206,18 +251,19 @@ def decode(figures: dict[str, Any], rank: Rank, batch: int) -> None:
     rank.send([Work(slot, CONTEXT, 1, True) for slot in range(batch)])
     for i in range(1, 40):
         rank.send([Work(slot, CONTEXT + i, 1, True) for slot in range(batch)])
-        done = rank.wait(1)[0]
+        done = rank.wait(1)
         now_s = time.perf_counter()
         gaps.append(1e3 * (now_s - last_s))
-        seconds.append(1e3 * done.seconds)
+        seconds.extend(1e3 * d.seconds for d in done)
         last_s = now_s
     rank.wait(1)
     note(
         figures,
         **{
-            f"decode_gap_ms_tp1_b{batch}": statistics.median(gaps[8:]),
-            f"decode_ms_tp1_b{batch}": statistics.median(seconds[8:]),
-            f"host_ms_per_step_b{batch}": 1e3 * statistics.median(rank.host_s[8:]),
+            f"decode_gap_ms_tp{rank.spec.num_ranks}_b{batch}": statistics.median(gaps[8:]),
+            f"decode_ms_tp{rank.spec.num_ranks}_b{batch}": median(seconds[8:]),
+            f"host_ms_per_step_tp{rank.spec.num_ranks}_b{batch}": 1e3
+            * statistics.median(rank.host_s[8:]),
         },
     )
 
@@ -234,12 +280,12 @@ def profile(rank: Rank, out: Path) -> None:
             rank.send([Work(slot, CONTEXT, 1, True) for slot in range(batch)])
             rank.wait(1)
             torch.cuda.synchronize()
-        write(profiler, out / f"decode{batch}.txt")
+        write(profiler, rank, out / f"decode{batch}_tp{rank.spec.num_ranks}.txt")
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         rank.send([Work(300, 0, 2048, True)], [join_of(300, 2048)], [pages_of(300, 2048)])
         rank.wait(1)
         torch.cuda.synchronize()
-    write(profiler, out / "prefill2048.txt")
+    write(profiler, rank, out / f"prefill2048_tp{rank.spec.num_ranks}.txt")
 
 
 def host_profile(rank: Rank) -> None:
@@ -258,7 +304,9 @@ def host_profile(rank: Rank) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(16)
 
 
-def write(profiler: Any, path: Path) -> None:
+def write(profiler: Any, rank: Rank, path: Path) -> None:
+    if rank.spec.rank:
+        return
     table = profiler.key_averages().table(
         sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90
     )
