@@ -281,11 +281,24 @@ def profile(rank: Rank, out: Path) -> None:
             rank.wait(1)
             torch.cuda.synchronize()
         write(profiler, rank, out / f"decode{batch}_tp{rank.spec.num_ranks}.txt")
+    joins, pages = [join_of(300, 2048)], [pages_of(300, 2048)]
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        rank.send([Work(300, 0, 2048, True)], [join_of(300, 2048)], [pages_of(300, 2048)])
-        rank.wait(1)
+        for _ in range(3):
+            rank.send([Work(300, 0, 2048, True)], joins, pages)
+            rank.wait(1)
         torch.cuda.synchronize()
+    write_timeline(profiler, out / f"timeline_prefill_rank{rank.spec.rank}.json")
     write(profiler, rank, out / f"prefill2048_tp{rank.spec.num_ranks}.txt")
+
+
+def write_timeline(profiler: Any, path: Path) -> None:
+    """[name, start us, duration us] of every kernel, in order."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.elapsed_us(), event.name)
+        for event in profiler.events()
+        if str(event.device_type).endswith("CUDA")
+    )
+    path.write_text(json.dumps([[name[:60], at, took] for at, took, name in kernels]))
 
 
 def host_profile(rank: Rank) -> None:

@@ -14,7 +14,8 @@ from nitsum.kernels.activation import silu_mul
 from nitsum.kernels.attention import AttentionBackend
 from nitsum.kernels.norm import add_rms_norm, rms_norm
 from nitsum.kernels.qkv_rope import qkv_rope_write, split_heads
-from nitsum.model.interface import KvPages, StepInput
+from nitsum.kernels.reduce_norm import ReduceNorm
+from nitsum.model.interface import Comm, KvPages, StepInput
 from nitsum.model.ops import Heads
 from nitsum.model.rope import rotation
 from nitsum.model.views import LayerWeights
@@ -43,6 +44,8 @@ class CudaBackend:
     attention: AttentionBackend
     rope: torch.Tensor
     """From `rope_table`, in the model's dtype, for all positions a request may have."""
+    reduce_norm: ReduceNorm | None = None
+    """Of the lane's group; without it, sums and norms are kernels of their own."""
 
     def __call__(
         self, shape: ModelShape, heads: Heads, dtype: torch.dtype, kv: KvPages, step: StepInput
@@ -59,6 +62,7 @@ class CudaOps:
     ) -> None:
         self._attention = backend.attention
         self._rope = backend.rope
+        self._reduce_norm = backend.reduce_norm
         self._eps = eps
         self._heads = heads
         self._kv = kv
@@ -68,10 +72,13 @@ class CudaOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self._eps)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    def reduce_add_rms_norm(
+        self, comm: Comm, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        return add_rms_norm(x, residual, weight, self._eps)
+        reduce_norm = self._reduce_norm
+        if reduce_norm is not None and part.shape[0] <= reduce_norm.capacity:
+            return reduce_norm(part, residual, weight, self._eps)
+        return add_rms_norm(comm.all_reduce(part), residual, weight, self._eps)
 
     def split_rope_write(
         self, index: int, layer: LayerWeights, qkv: torch.Tensor, kv: torch.Tensor | None

@@ -52,10 +52,10 @@ def hidden_states(
     x = ops.rms_norm(hidden, weights.layers[0].input_norm)
     next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
     for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
-        x = attention(ops, comm, index, layer, x)
-        x = ops.add_rms_norm(x, hidden, layer.post_norm)
-        x = mlp(ops, comm, geometry.max_tp // weights.degree, layer, x)
-        x = ops.add_rms_norm(x, hidden, next_norm)
+        part = attention(ops, comm, index, layer, x)
+        x = ops.reduce_add_rms_norm(comm, part, hidden, layer.post_norm)
+        part = mlp(ops, comm, geometry.max_tp // weights.degree, layer, x)
+        x = ops.reduce_add_rms_norm(comm, part, hidden, next_norm)
     return x
 
 
@@ -73,7 +73,7 @@ def embed(weights: ModelWeights, comm: Comm, tokens: torch.Tensor) -> torch.Tens
 def attention(
     ops: StepOps, comm: Comm, index: int, layer: LayerWeights, x: torch.Tensor
 ) -> torch.Tensor:
-    """[n, hidden] -> [n, hidden], summed over the lane."""
+    """[n, hidden] -> this rank's part of [n, hidden]."""
     qkv = linear(x, layer.qkv)
     kv = None if layer.kv is None else linear(x, layer.kv)
     out = ops.attend(index, ops.split_rope_write(index, layer, qkv, kv))
@@ -83,7 +83,7 @@ def attention(
 def mlp(
     ops: StepOps, comm: Comm, num_chunks: int, layer: LayerWeights, x: torch.Tensor
 ) -> torch.Tensor:
-    """[n, hidden] -> [n, hidden], summed over the lane."""
+    """[n, hidden] -> this rank's part of [n, hidden]."""
     gate_up = linear(x, layer.gate_up, layer.gate_up_bias)
     return row_parallel(comm, ops.silu_mul(gate_up, num_chunks), layer.down, layer.down_bias)
 
@@ -91,9 +91,8 @@ def mlp(
 def row_parallel(
     comm: Comm, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Each rank's part of a product, summed; the bias enters the sum once."""
-    out = linear(x, weight, bias if comm.shard == 0 else None)
-    return comm.all_reduce(out) if comm.degree > 1 else out
+    """Each rank's part of a product; the bias enters the sum once."""
+    return linear(x, weight, bias if comm.shard == 0 else None)
 
 
 def compute_logits(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from nitsum.model.interface import KvPages, StepInput
+from nitsum.model.interface import Comm, KvPages, StepInput
 from nitsum.model.views import LayerWeights
 from nitsum.shape import Geometry, ModelShape
 
@@ -37,10 +37,10 @@ class StepOps(Protocol):
         """[n, hidden] -> [n, hidden]"""
         ...
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    def reduce_add_rms_norm(
+        self, comm: Comm, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """`residual += x` in place, then its norm; all [n, hidden]."""
+        """`residual += sum over the lane of part` in place, then its norm; all [n, hidden]."""
         ...
 
     def split_rope_write(

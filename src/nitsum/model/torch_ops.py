@@ -6,7 +6,7 @@ import torch
 
 from nitsum.model import layers
 from nitsum.model.attention import PagedAttention, written_rows
-from nitsum.model.interface import KvPages, StepInput
+from nitsum.model.interface import Comm, KvPages, StepInput
 from nitsum.model.ops import Heads
 from nitsum.model.rope import rotate, rotation
 from nitsum.model.views import LayerWeights
@@ -30,10 +30,11 @@ class TorchOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return layers.rms_norm(x, weight, self._eps)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    def reduce_add_rms_norm(
+        self, comm: Comm, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        return layers.rms_norm(residual.add_(x), weight, self._eps)
+        summed = comm.all_reduce(part) if comm.degree > 1 else part
+        return layers.rms_norm(residual.add_(summed), weight, self._eps)
 
     def silu_mul(self, gate_up: torch.Tensor, num_chunks: int) -> torch.Tensor:
         return layers.silu_mul(gate_up, num_chunks)

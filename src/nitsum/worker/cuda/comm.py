@@ -1,5 +1,6 @@
 """Collectives of one group through symmetric memory, all of them on the current stream.
 
+    reduce_norm    push to all, sum, add, norm                          one kernel
     all_reduce     small: copy in, sum of everybody's on arrival        one kernel
                    large: copy in, each sums its part for all           a copy, one kernel
     gather_vocab   write own slice | barrier | read everybody's
@@ -15,12 +16,23 @@ from dataclasses import dataclass
 
 import torch
 
+from nitsum.kernels.reduce_norm import ReduceNorm
 from nitsum.plan import Group
 from nitsum.worker.cuda.symmetric import Shared, SymmetricMemory
 
 ONE_SHOT_BYTES = 512 << 10
 """Divided by the degree: up to here each rank reads all partial sums itself. On 2x H100, one shot
 takes 10.5 us for 256 KiB and two shots 8.3 us, but those need a copy of 2 us before."""
+
+
+FUSED_ROWS = 1024
+"""Of lanes wider than two: above, everybody reading everybody's part is more traffic than summing
+in two shots. Two ranks exchange the same bytes either way, and fuse steps of any size."""
+
+
+def fused_rows(degree: int, max_tokens: int) -> int:
+    """How many rows of a step are summed, added and normed by one kernel."""
+    return max_tokens if degree == 2 else min(max_tokens, FUSED_ROWS // degree)
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,10 @@ class CudaComm:
         self.rank = rank
         self._shard = group.shard_of(rank)
         self._reverse_vocab = reverse_vocab
+        self.reduce_norm: ReduceNorm | None = None
         if group.degree == 1:
             return
+        self.reduce_norm = self._make_reduce_norm(memory, sizes)
         width = sizes.vocab_size // group.degree
         self._hidden = memory.allocate((sizes.max_tokens * sizes.hidden_size,), sizes.dtype, group)
         self._logits = memory.allocate((sizes.max_samples * width,), sizes.dtype, group)
@@ -88,6 +102,13 @@ class CudaComm:
             return torch.ops.symm_mem.one_shot_all_reduce_copy_out(part, x, "sum", name, x)
         part.copy_(x)
         return torch.ops.symm_mem.two_shot_all_reduce_(part, "sum", name)
+
+    def _make_reduce_norm(self, memory: SymmetricMemory, sizes: CommSizes) -> ReduceNorm:
+        degree, rows = self.degree, fused_rows(self.degree, sizes.max_tokens)
+        shape = (2 * (degree - 1) * rows, sizes.hidden_size)
+        inbox = memory.allocate(shape, sizes.dtype, self.group)
+        flags = memory.allocate((rows * degree,), torch.int32, self.group)
+        return ReduceNorm(self.member, inbox.own, inbox.addresses(), flags.own, flags.addresses())
 
     def gather_vocab(self, logits: torch.Tensor) -> torch.Tensor:
         """[m, V/t] of this shard in, [m, V] in vocabulary order out."""

@@ -151,7 +151,7 @@ class CudaLane:
             spans=(),
             sample_rows=tensors.sample_rows,
         )
-        backend = CudaBackend(attention, self._rope)
+        backend = CudaBackend(attention, self._rope, self.comm.reduce_norm)
         return hidden_states(self._geometry, self._weights, self.comm, self.pages, step, backend)
 
     def _logits(self, hidden: torch.Tensor, tensors: StepTensors, num_draws: int) -> torch.Tensor:
