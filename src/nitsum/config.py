@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nitsum.errors import ConfigError
-from nitsum.messages import Fault
+from nitsum.messages import Device, Dtype, Fault
 from nitsum.plan import PlanSet
 from nitsum.tier import DEFAULT_TIERS, Tier
 
@@ -20,9 +20,9 @@ class EngineConfig:
     model: str
     """Checkpoint folder (a GGUF file is converted into one before)."""
     plans: PlanSet
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     load_format: Literal["auto", "dummy"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     min_tp: int = 1
     """Each rank holds 1/min_tp of the weights; no lane may be narrower."""
     block_tokens: int = 16

@@ -29,6 +29,8 @@ from nitsum.request import FinishReason, Request, SamplingParams
 
 # --- start of a worker ----------------------------------------------------------------------------
 
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
 Fault = Literal["swap-heads", "stale-block", "lost-tail", "wrong-vocab"]
 
 
@@ -37,11 +39,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     num_ranks: int
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     model: str
     """Checkpoint folder."""
     load_format: Literal["auto", "dummy"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     max_tp: int
     min_tp: int = 1
     groups: list[Group]

@@ -26,26 +26,28 @@ def require_transformers() -> None:
 
 
 class HfModel:
-    """A checkpoint in `transformers`, float32 on the CPU."""
+    """A checkpoint in `transformers`: float32 on the CPU, unless told otherwise."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
         require_transformers()
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        self._device = device
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).eval()
+            folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        self.model.to(device).eval()
 
     def answer_logits(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
         """float32 [len(answer), vocabulary]: what each answer token is drawn from."""
         import torch
 
-        tokens = torch.tensor([prompt + answer[:-1]])
+        tokens = torch.tensor([prompt + answer[:-1]], device=self._device)
         with torch.inference_mode():
-            return self.model(tokens, logits_to_keep=len(answer)).logits[0].float()
+            return self.model(tokens, logits_to_keep=len(answer)).logits[0].float().cpu()
 
 
 def from_bytes(rows: list[bytes]) -> torch.Tensor:
@@ -67,6 +69,8 @@ class Difference:
     """Largest over positions of max |difference| / max |reference|."""
     worst: str = ""
     """The request and position of that."""
+    squared: float = 0.0
+    """Sum over positions of the mean squared difference of their logits."""
 
     @property
     def nll_difference(self) -> float:
@@ -75,6 +79,11 @@ class Difference:
             return math.nan
         return abs(self.nll - self.reference_nll) / self.num_positions
 
+    @property
+    def rms(self) -> float:
+        """Root mean square difference of all logits."""
+        return math.sqrt(self.squared / self.num_positions) if self.num_positions else math.nan
+
     def add(
         self, name: str, tokens: list[int], ours: torch.Tensor, reference: torch.Tensor
     ) -> None:
@@ -82,6 +91,7 @@ class Difference:
         self.num_positions += len(tokens)
         self.nll += _nll(ours, tokens)
         self.reference_nll += _nll(reference, tokens)
+        self.squared += (ours - reference).square().mean(-1).sum().item()
         distance = (ours - reference).abs().amax(-1) / reference.abs().amax(-1)
         for position, value in enumerate(_finite(distance.tolist())):
             if value > self.logits:

@@ -11,7 +11,7 @@ from random import Random
 from msgspec import structs
 
 from nitsum.config import EngineConfig
-from nitsum.messages import Fault
+from nitsum.messages import Device, Dtype, Fault
 from nitsum.plan import Plan, PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
 from nitsum.shape import Geometry, ModelShape, round_up
@@ -137,7 +137,14 @@ def with_static(plans: PlanSet) -> PlanSet:
 
 
 def engine_config(
-    model: Path, plans: PlanSet, scenario: Scenario, *, min_tp: int = 1, fault: Fault | None = None
+    model: Path,
+    plans: PlanSet,
+    scenario: Scenario,
+    *,
+    min_tp: int = 1,
+    fault: Fault | None = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> EngineConfig:
     """An engine that `asks` keep nearly full."""
     shape = ModelShape.from_folder(model)
@@ -145,7 +152,9 @@ def engine_config(
         model=str(model),
         plans=with_static(plans),
         min_tp=min_tp,
-        kv_bytes=_kv_bytes(shape, plans, min_tp, scenario),
+        device=device,
+        dtype=dtype,
+        kv_bytes=_kv_bytes(shape, plans, min_tp, scenario, dtype),
         block_tokens=scenario.block_tokens,
         max_model_len=scenario.max_tokens,
         max_num_seqs=MAX_NUM_SEQS,
@@ -163,11 +172,13 @@ def num_active(plans: PlanSet) -> int:
     return MAX_NUM_SEQS * plans.num_ranks // plans.degrees[0] + plans.num_ranks
 
 
-def _kv_bytes(shape: ModelShape, plans: PlanSet, min_tp: int, scenario: Scenario) -> int:
+def _kv_bytes(
+    shape: ModelShape, plans: PlanSet, min_tp: int, scenario: Scenario, dtype: Dtype
+) -> int:
     """Of a narrowest lane: a full batch of usual requests and a paused one hardly fit."""
     geometry = Geometry(shape, plans.max_tp, min_tp)
     longest = math.ceil(scenario.max_tokens / scenario.block_tokens)
     num_blocks = round(longest * _USUAL_SHARE * (MAX_NUM_SEQS + 1))
     num_units = num_blocks * geometry.units_per_page(plans.degrees[0])
-    unit_bytes = geometry.unit_bytes(scenario.block_tokens, DTYPE_BYTES["float32"])
+    unit_bytes = geometry.unit_bytes(scenario.block_tokens, DTYPE_BYTES[dtype])
     return round_up(num_units, geometry.num_units) * unit_bytes

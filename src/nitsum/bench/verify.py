@@ -7,6 +7,7 @@ reference   Hugging Face transformers on the same weights and tokens
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,12 @@ TOLERANCES = {"float32": Tolerance(nll=1e-4, logits=1e-3)}
 of magnitude, and a swapped head or a stale block is two orders beyond them."""
 
 
+ROUNDING_RATIO = 1.5
+"""In 16-bit types: our error against float32 over that of `transformers` in the same type."""
+REQUEST_ROUNDING_RATIO = 3.0
+"""The same of each request alone, which a fault in one of them cannot hide from."""
+
+
 @dataclass
 class Report:
     """What was done and what came of it."""
@@ -84,7 +91,12 @@ class Report:
     use_at_switch: float = 0.0
     """Highest mean over the ranks at the start of a switch."""
     against: dict[str, Difference] = field(default_factory=dict[str, Difference])
-    tolerance: Tolerance = TOLERANCES["float32"]
+    tolerance: Tolerance | None = TOLERANCES["float32"]
+    """None where results are rounded so much that only `rounding` says what is right."""
+    rounding: Difference | None = None
+    """Of `transformers` in the engine's dtype, against itself in float32."""
+    worst_request_ratio: float = 0.0
+    """Largest over requests of our error over that of `rounding`, on the same tokens."""
     errors: list[str] = field(default_factory=list[str])
     """Answers that are wrong or missing before any logits are looked at."""
     unproven: list[str] = field(default_factory=list[str])
@@ -99,6 +111,10 @@ class Report:
     def within(self, difference: Difference) -> bool:
         """False for NaN too."""
         tolerance = self.tolerance
+        if self.rounding is not None:
+            near = difference.rms <= ROUNDING_RATIO * self.rounding.rms
+            return near and self.worst_request_ratio <= REQUEST_ROUNDING_RATIO
+        assert tolerance is not None
         return difference.nll_difference < tolerance.nll and difference.logits <= tolerance.logits
 
     @property
@@ -125,7 +141,18 @@ class Report:
             "highest_arena_use_share": self.highest_use,
             "highest_mean_use_at_switch_share": self.use_at_switch,
             **differences,
+            **self._rounding_figures,
         }
+
+    @property
+    def _rounding_figures(self) -> dict[str, float]:
+        if self.rounding is None:
+            return {}
+        ratios = {
+            f"rounding_error_ratio_{name}": difference.rms / self.rounding.rms
+            for name, difference in self.against.items()
+        }
+        return {**ratios, "worst_request_error_ratio": self.worst_request_ratio}
 
 
 _STATES = ("prefill", "decode", "paused")
@@ -139,7 +166,12 @@ def verify(
     with Workers(config, on_progress=note) as workers:
         report, answers = run_switched(workers, plans, scenario, on_stage)
         static = run_static(workers, plans, answers, on_stage)
-    compare(report, answers, static, HfModel(Path(config.model)), on_stage)
+    model = HfModel(Path(config.model))
+    if config.dtype == "float32":
+        compare(report, answers, static, model, on_stage)
+    else:
+        rounded = HfModel(Path(config.model), config.dtype, config.device)
+        compare_rounded(report, answers, static, model, rounded, on_stage)
     return report
 
 
@@ -374,4 +406,36 @@ def compare(
             report.errors.append(f"{name} has no complete answer in the static layout.")
         else:
             against_static.add(name, tokens, ours, from_bytes(other.logits))
+    on_stage("Comparing with transformers", len(answers), len(answers))
+
+
+def compare_rounded(
+    report: Report,
+    answers: list[Answer],
+    static: list[Answer],
+    exact: HfModel,
+    rounded: HfModel,
+    on_stage: OnStage,
+) -> None:
+    """Ours, with switches and without, and `transformers` in our dtype, all against float32."""
+    report.tolerance, report.rounding = None, Difference()
+    report.against = {"transformers": Difference(), "static": Difference()}
+    for number, (answer, other) in enumerate(zip(answers, static, strict=True)):
+        on_stage("Comparing with transformers", number, len(answers))
+        name, tokens = answer.request.request_id, answer.tokens
+        if not tokens or len(answer.logits) != len(tokens) or len(other.logits) != len(tokens):
+            report.errors.append(f"{name} has no complete answer in both layouts.")
+            continue
+        wanted = exact.answer_logits(answer.request.prompt, tokens)
+        theirs = rounded.answer_logits(answer.request.prompt, tokens)
+        alone, rounding = Difference(), Difference()
+        for difference in (report.against["transformers"], alone):
+            difference.add(name, tokens, from_bytes(answer.logits), wanted)
+        for difference in (report.rounding, rounding):
+            difference.add(name, tokens, theirs, wanted)
+        report.against["static"].add(name, tokens, from_bytes(other.logits), wanted)
+        ratio = alone.rms / rounding.rms
+        report.worst_request_ratio = max(
+            report.worst_request_ratio, math.inf if math.isnan(ratio) else ratio
+        )
     on_stage("Comparing with transformers", len(answers), len(answers))

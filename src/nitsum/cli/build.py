@@ -10,7 +10,7 @@ from typing import Any, cast, get_type_hints
 
 import msgspec
 
-from nitsum.cli.settings import PlanSettings, ServeSettings
+from nitsum.cli.settings import BATCH_TOKENS, NUM_SEQS, PlanSettings, ServeSettings
 from nitsum.cli.sources import did_you_mean
 from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
@@ -55,21 +55,18 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
     return EngineConfig(
         model=str(model),
         plans=build_plans(settings),
         device=settings.device,
         load_format=settings.load_format,
-        dtype=dtype,
+        dtype=settings.chosen_dtype,
         min_tp=settings.min_tp,
         block_tokens=settings.block_tokens,
         kv_bytes=kv_bytes,
         max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_batch_tokens=settings.max_batch_tokens,
+        max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
+        max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
         num_threads=settings.threads,
         tiers=build_tiers(settings.tiers),
         prefix_cache=settings.prefix_cache,

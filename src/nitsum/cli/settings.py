@@ -16,6 +16,11 @@ from nitsum.cli.readers import (
     whole_number,
 )
 from nitsum.cli.sources import setting
+from nitsum.messages import Device, Dtype
+
+NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
+BATCH_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 8192}
+"""A step's cost is even then bounded by the slack of those it delays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +42,30 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(PlanSettings):
-    """Plans, engine and server together."""
+class DeviceSettings:
+    """Where ranks compute, and in what."""
 
-    model: str = setting(
-        text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
-    )
     device: Literal["cpu", "cuda"] = setting(one_of("cpu", "cuda"), "cpu", "cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         one_of("auto", "float32", "bfloat16"),
         "auto",
         "float32 or bfloat16 (default: float32 on cpu, bfloat16 on cuda)",
+    )
+
+    @property
+    def chosen_dtype(self) -> Dtype:
+        """What `auto` stands for."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(DeviceSettings, PlanSettings):
+    """Plans, engine and server together."""
+
+    model: str = setting(
+        text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
     )
     load_format: Literal["auto", "dummy"] = setting(
         one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
@@ -66,8 +84,20 @@ class ServeSettings(PlanSettings):
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the checkpoint's)", "N"
     )
-    max_num_seqs: int = setting(whole_number(1), 64, "sequences one lane steps at once", "N")
-    max_batch_tokens: int = setting(whole_number(1), 512, "tokens one step may compute", "N")
+    max_num_seqs: int = setting(
+        whole_number(),
+        0,
+        f"sequences one lane steps at once (default: {NUM_SEQS['cpu']} on cpu, "
+        f"{NUM_SEQS['cuda']} on cuda)",
+        "N",
+    )
+    max_batch_tokens: int = setting(
+        whole_number(),
+        0,
+        f"tokens one step may compute (default: {BATCH_TOKENS['cpu']} on cpu, "
+        f"{BATCH_TOKENS['cuda']} on cuda)",
+        "N",
+    )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
     step_timeout: float = setting(
         seconds, 60.0, "a step that takes longer restarts the workers, seconds", "SECONDS"

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Literal
 
 from nitsum.bench.provenance import summary
-from nitsum.bench.reference import require_transformers
+from nitsum.bench.reference import Difference, require_transformers
 from nitsum.bench.scenario import Scenario, engine_config
 from nitsum.bench.stages import stages
 from nitsum.bench.tables import percent, print_line, print_table, size
-from nitsum.bench.verify import Report, check_plans, verify
+from nitsum.bench.verify import (
+    REQUEST_ROUNDING_RATIO,
+    ROUNDING_RATIO,
+    Report,
+    Tolerance,
+    check_plans,
+    verify,
+)
 from nitsum.cli.build import build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.readers import boolean, one_of, text, whole_number
-from nitsum.cli.settings import PlanSettings
+from nitsum.cli.settings import DeviceSettings, PlanSettings
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.shape import ModelShape
 
@@ -26,7 +33,7 @@ _NAMES = {"transformers": "Hugging Face transformers", "static": "the static lay
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifySettings(PlanSettings):
+class VerifySettings(DeviceSettings, PlanSettings):
     """What is verified, and how thoroughly."""
 
     ranks: int = setting(whole_number(1), 4, "processes; a power of two", "N")
@@ -61,7 +68,15 @@ def run(args: argparse.Namespace) -> int:
     check_plans(plans)
     model = checkpoint_folder(settings.model)
     scenario = _scenario(settings, model)
-    config = engine_config(model, plans, scenario, min_tp=settings.min_tp, fault=settings.inject)
+    config = engine_config(
+        model,
+        plans,
+        scenario,
+        min_tp=settings.min_tp,
+        fault=settings.inject,
+        device=settings.device,
+        dtype=settings.chosen_dtype,
+    )
     with stages() as progress:
         report = verify(config, plans, scenario, progress.stage, progress.note)
     if settings.json:
@@ -82,7 +97,8 @@ def _scenario(settings: VerifySettings, model: Path) -> Scenario:
 
 
 def _as_json(report: Report, settings: VerifySettings) -> dict[str, object]:
-    notes = f"{settings.ranks} ranks, seed {settings.seed}, float32"
+    where = f"{settings.device}, {settings.chosen_dtype}"
+    notes = f"{settings.ranks} ranks, seed {settings.seed}, {where}{_attention(settings)}"
     return {
         "verdict": report.verdict,
         **summary(report.figures, notes),
@@ -92,15 +108,25 @@ def _as_json(report: Report, settings: VerifySettings) -> dict[str, object]:
     }
 
 
+def _attention(settings: VerifySettings) -> str:
+    """Which library attended, where there is a choice."""
+    if settings.device == "cpu":
+        return ""
+    from nitsum.worker.cuda.attention import chosen_library
+
+    return f", attention on {chosen_library()}"
+
+
 def print_report(report: Report) -> None:
     """The table a person reads, and the verdict."""
     print_table("Switches", ("from -> to", "number"), _kind_rows(report))
     print_table("What they did", ("", ""), _work_rows(report))
-    print_table(
-        "Differences",
-        ("to", "mean NLL", "at most", "logits", "at most", ""),
-        _difference_rows(report),
-    )
+    if report.tolerance is not None:
+        columns = ("to", "mean NLL", "at most", "logits", "at most", "")
+        print_table("Differences", columns, _difference_rows(report, report.tolerance))
+    if report.rounding is not None:
+        columns = ("", "RMS of logits", "over transformers'", "at most")
+        print_table("Error against float32", columns, _rounding_rows(report, report.rounding))
     for line in [*report.errors[:10], *(f"Not proven: {what}." for what in report.unproven)]:
         print_line(line)
     if len(report.errors) > 10:
@@ -132,8 +158,23 @@ def _work_rows(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def _difference_rows(report: Report) -> list[tuple[str, ...]]:
-    limits = report.tolerance
+def _rounding_rows(report: Report, rounding: Difference) -> list[tuple[str, ...]]:
+    names = {"transformers": "with switches", "static": "in the static layout"}
+    rows = [
+        (
+            names[name],
+            f"{difference.rms:.2e}",
+            f"{difference.rms / rounding.rms:.2f}",
+            f"{ROUNDING_RATIO:g}",
+        )
+        for name, difference in report.against.items()
+    ]
+    worst = f"{report.worst_request_ratio:.2f}"
+    rows.append(("the worst request with switches", "", worst, f"{REQUEST_ROUNDING_RATIO:g}"))
+    return [("transformers, same dtype", f"{rounding.rms:.2e}", "", ""), *rows]
+
+
+def _difference_rows(report: Report, limits: Tolerance) -> list[tuple[str, ...]]:
     return [
         (
             _NAMES[name],

@@ -77,8 +77,8 @@ class ReduceNorm:
 
     `inbox` [2 * (members - 1) * capacity, hidden] in the model's dtype and `flags`
     [capacity * members] int32, zeroed, are this rank's; `inboxes` and `all_flags` [members] int64
-    are the addresses of every member's as this rank sees them. Rows up to `capacity` are summed; all members call in the
-    same order with as many rows.
+    are the addresses of every member's as this rank sees them. Steps of up to `capacity` rows are
+    summed; all members call in the same order with as many rows.
     """
 
     def __init__(
