@@ -19,6 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--saturation", type=int, default=0)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--name", default="engine", help="of the file")
     parser.add_argument("--tp", type=numbers, default=(1,))
     parser.add_argument("--batches", type=numbers, default=Options.batches)
     parser.add_argument("--prompts", type=numbers, default=Options.prompts)
@@ -27,9 +29,9 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(SHAPE))
     figures: dict[str, float] = {}
     for tp in args.tp:
-        options = Options(folder, tp, args.batches, args.prompts, args.saturation)
+        options = Options(folder, tp, args.batches, args.prompts, args.saturation, args.context)
         figures |= measure(options, lambda *stage: print(*stage, flush=True), print).figures
-        path = args.out / "engine.json"
+        path = args.out / f"{args.name}.json"
         path.write_text(json.dumps(summary(figures), indent=1))
     for name, value in figures.items():
         print(f"{name:45}{value:12.4f}")

@@ -351,6 +351,8 @@ class StepDone(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     """Time the worker spent in the step, waiting for peers included."""
     logprobs: list[TokenLogprobs | None] = []
     logits: list[bytes | None] = []
+    idle_s: float = 0.0
+    """On a GPU: time from the end of what the rank's device did before to the start of the step."""
 
 
 class MoveDone(msgspec.Struct, tag=True, frozen=True):

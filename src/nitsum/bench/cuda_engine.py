@@ -28,8 +28,6 @@ from nitsum.request import Request, SamplingParams
 from nitsum.shape import ModelShape
 
 OnStage = Callable[[str, int, int], None]
-CONTEXT = 1024
-"""Mean context of decode figures."""
 NUM_DECODED = 96
 """Tokens of the sequence that starts last; the first and last gaps are left out."""
 LONGEST_ANSWER = 4000
@@ -49,6 +47,8 @@ class Options:
     prompts: tuple[int, ...] = (512, 1155, 2048, 4096)
     saturation: int = 0
     """Requests of 1,155 in and 211 out at once; 0 leaves it out."""
+    context: int = 1024
+    """Mean context of decode figures."""
     load_format: str = "dummy"
     seed: int = 0
 
@@ -238,12 +238,12 @@ class Run:
         return self._driver.answers[request_id].times_s[0] - started_s
 
     def decode(self, batch: int) -> dict[str, float]:
-        """Gaps between tokens while all sequences decode; contexts are about `CONTEXT`."""
+        """Gaps between tokens while all sequences decode; contexts are about `context`."""
         first_step = len(self._recorder.steps)
-        ids = self._submit(batch, CONTEXT - NUM_DECODED // 2, LONGEST_ANSWER)
+        ids = self._submit(batch, self.options.context - NUM_DECODED // 2, LONGEST_ANSWER)
         answers = [self._driver.answers[request_id] for request_id in ids]
         host_s = self._run_timed(answers)
-        context = CONTEXT - NUM_DECODED + sum(len(a.tokens) for a in answers) // batch
+        context = self.options.context - NUM_DECODED + sum(len(a.tokens) for a in answers) // batch
         last = min(answers, key=lambda answer: len(answer.tokens))
         gaps = [b - a for a, b in pairwise(last.times_s[8 : NUM_DECODED - 8])]
         for request_id in ids:

@@ -1,10 +1,11 @@
 """What a switch costs the streams that run across it, in an arena that is full.
 
     streams      `num_streams` greedy answers, always running, of the highest tier
-    background   requests of the lowest tier that keep arriving and fill whatever room is left
+    background   requests of the lowest tier that keep arriving: so many that they fill whatever
+                 room is left, or a few, while cached prefixes fill it
     switch       when the arena is full, a prompt is half computed and every stream has a few gaps
 
-The text of every stream is then compared with the static layout's.
+In float32, the text of every stream is then compared with the static layout's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
+from statistics import median
+from typing import Literal
 
 from msgspec import structs
 
@@ -25,7 +28,7 @@ from nitsum.bench.reference import from_bytes
 from nitsum.bench.scenario import plan_walk, static_plan, with_static
 from nitsum.config import EngineConfig
 from nitsum.errors import NitsumError
-from nitsum.messages import SwitchReport
+from nitsum.messages import Device, Dtype, SwitchReport
 from nitsum.metrics.percentiles import Summary, summarise
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.switches import SETTLE_S, SwitchSummary, pauses, summarise_switches
@@ -39,11 +42,16 @@ OnStage = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, how much there is)."""
 
 FULL = 0.95
-"""Share of all ranks' units in use by requests from which the arena counts as full."""
+"""Share of all ranks' units in use from which the arena counts as full: by requests, or by requests
+and cached blocks (`Options.fill`)."""
+NUM_BACKGROUND = 4
+"""Active at once where cached prefixes fill the arena: a prompt is always half computed."""
 MIN_TOKENS = 5
 """Tokens each stream has had since the switch before: enough gaps for a median."""
 PATIENCE_S = 60.0
 """A switch waits so long for a full arena; one that then starts anyway is counted apart."""
+BEFORE_S = 1.0
+"""Steps so soon before a switch say how long they take without one."""
 CLOSE_LOGITS = 1e-3
 """Two best logits of the reference nearer than this may change places in another layout."""
 
@@ -53,12 +61,25 @@ TIERS = (
 )
 
 
+Fill = Literal["requests", "cache"]
+
+
 @dataclass(frozen=True)
 class Options:
     """What is measured."""
 
     model: Path
     plans: PlanSet
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    load_format: Literal["auto", "dummy"] = "auto"
+    fill: Fill = "requests"
+    """What fills the arena: requests, so that every wave has to wait for room, or cached prefixes,
+    as on a server that has been up for a while."""
+    kv_bytes: int | None = None
+    """Of a rank's arena; None: made for the streams, 0: all there is."""
+    max_batch_tokens: int = 0
+    """0: a multiple of the streams."""
     num_each_way: int = 20
     num_streams: int = 8
     num_prompt: int = 32
@@ -90,6 +111,8 @@ class Result:
     """Streams that left it where the reference's two best logits were too close to call."""
     different: list[str] = field(default_factory=list[str])
     """Streams that left it anywhere else."""
+    slowdown_s: Summary = field(default_factory=lambda: summarise(()))
+    """How much longer the old lanes' steps took from propose to commit, per switch."""
 
     @property
     def counts(self) -> bool:
@@ -116,6 +139,7 @@ class Result:
             "propose_ms_per_switch": 1e3 * sum(w.propose_s for w in waves) / count,
             "precopy_ms_per_switch": 1e3 * sum(w.precopy_s for w in waves) / count,
             "cutover_ms_per_switch": 1e3 * sum(w.cutover_s for w in waves) / count,
+            "precopy_step_slowdown_ms": _ms(self.slowdown_s.p50),
             "num_left_behind": sum(report.num_left_behind for report in self.reports),
             "num_streams": self.num_streams,
             "num_streams_same_text": self.num_same,
@@ -139,26 +163,32 @@ def measure(options: Options, on_stage: OnStage, note: Callable[[str], None]) ->
                 run.switch()
             run.driver.turn()
         result = run.result()
+        if options.dtype != "float32":
+            return result
         compare_text(result, run.streams(), _static_streams(workers, options, run, on_stage))
     return result
 
 
 def engine_config(options: Options) -> EngineConfig:
-    """All streams at their longest would take two thirds of the arenas; the rest is for others."""
+    """Unless told otherwise, all streams at their longest would take two thirds of the arenas."""
     shape = ModelShape.from_folder(options.model)
     plans = with_static(options.plans)
     geometry = Geometry(shape, plans.max_tp)
     blocks = -(-(options.num_prompt + options.num_answer) // options.block_tokens)
     blocks_per_rank = -(-3 * options.num_streams * blocks // (2 * plans.num_ranks))
     units = round_up(blocks_per_rank * geometry.units_per_page(1), geometry.num_units)
+    unit_bytes = geometry.unit_bytes(options.block_tokens, DTYPE_BYTES[options.dtype])
     return EngineConfig(
         model=str(options.model),
         plans=plans,
-        kv_bytes=units * geometry.unit_bytes(options.block_tokens, DTYPE_BYTES["float32"]),
+        device=options.device,
+        dtype=options.dtype,
+        load_format=options.load_format,
+        kv_bytes=units * unit_bytes if options.kv_bytes is None else options.kv_bytes,
         block_tokens=options.block_tokens,
         max_model_len=options.num_prompt + options.num_answer,
         max_num_seqs=4 * options.num_streams,
-        max_batch_tokens=max(64, 4 * options.num_streams),
+        max_batch_tokens=options.max_batch_tokens or max(64, 4 * options.num_streams),
         tiers=TIERS,
         timeout_s=120.0,
     )
@@ -199,9 +229,14 @@ class _Run:
             return
         for _ in range(self._options.num_streams - len(self._running())):
             self.driver.submit(next(self._prompts))
-        num_waiting = self.driver.core.status("switch").num_waiting
-        for _ in range(self._options.num_streams - num_waiting):
+        for _ in range(self._num_missing()):
             self.driver.submit(next(self._background))
+
+    def _num_missing(self) -> int:
+        """Background requests to submit now."""
+        if self._options.fill == "requests":
+            return self._options.num_streams - self.driver.core.status("switch").num_waiting
+        return NUM_BACKGROUND + self._options.num_streams - self.driver.num_active
 
     def is_time_to_switch(self) -> bool:
         if not self._wants_switch() or self.driver.is_switching or not self._has_gaps():
@@ -230,10 +265,31 @@ class _Run:
             added_pause_s=summarise((pause.added_s for pause in found), small_samples=True),
             use_at_switch=self._use_at_switch,
             num_in_full_arena=self._num_in_full_arena,
+            slowdown_s=summarise(self._slowdowns_s(), small_samples=True),
             num_streams=len(self.streams()),
             num_same=0,
             num_close=0,
         )
+
+    def _slowdowns_s(self) -> Iterator[float]:
+        """Per switch: median step of the lanes it empties while KV is copied, less that before."""
+        steps = self._recorder.steps
+        for switch in self._recorder.switches:
+            groups = self._options.plans[switch.from_plan].groups
+            old = [step for step in steps if step.group in groups]
+            before = [
+                step.seconds
+                for step in old
+                if switch.started_s - BEFORE_S <= step.ended_s < switch.started_s
+            ]
+            during = [
+                step.seconds
+                for step in old
+                for wave in switch.waves
+                if wave.committed_s and wave.proposed_s <= step.ended_s <= wave.committed_s
+            ]
+            if before and during:
+                yield median(during) - median(before)
 
     def _wants_switch(self) -> bool:
         return self._num_started < len(self._targets)
@@ -267,7 +323,11 @@ class _Run:
         return len(counts) == self._options.num_streams and min(counts) >= MIN_TOKENS
 
     def _use(self) -> float:
-        kv_used = self.driver.core.status("switch").kv_used
+        if self._options.fill == "requests":
+            kv_used = self.driver.core.status("switch").kv_used
+        else:
+            pools = self.driver.core.generation.kv.pools
+            kv_used = [1.0 - pool.num_free / pool.num_units for pool in pools]
         return sum(kv_used) / len(kv_used)
 
     def _is_full_and_in_prefill(self) -> bool:
@@ -287,15 +347,26 @@ def _stream_prompts(options: Options, vocab_size: int) -> Iterator[Request]:
 
 
 def _background(options: Options, vocab_size: int) -> Iterator[Request]:
-    """Prompts of all lengths, which fill the gaps, half of them with one of two common prefixes."""
+    """Prompts of all lengths, which fill the gaps, half of them with one of two common prefixes; or
+    long ones with short answers, which leave much behind in the cache."""
     random = Random(options.seed + 1)
     block = options.block_tokens
+    if options.fill == "cache":
+        yield from _long_prompts(options, vocab_size, random)
     prefixes = [random.choices(range(vocab_size), k=block) for _ in range(2)]
     for number in itertools.count():
         prefix = random.choice(prefixes) if random.random() < 0.5 else []
         tail = random.choices(range(vocab_size), k=random.randint(1, 5 * block))
         sampling = SamplingParams(max_tokens=random.randint(block // 2, 2 * block), seed=number)
         yield Request(f"b{number}", prefix + tail, sampling, tier="batch", tier_asked="batch")
+
+
+def _long_prompts(options: Options, vocab_size: int, random: Random) -> Iterator[Request]:
+    longest = options.num_prompt + options.num_answer
+    for number in itertools.count():
+        sampling = SamplingParams(max_tokens=4, temperature=0.0)
+        prompt = random.choices(range(vocab_size), k=random.randint(longest // 2, longest - 4))
+        yield Request(f"b{number}", prompt, sampling, tier="batch", tier_asked="batch")
 
 
 # --- the text -----------------------------------------------------------------------------------

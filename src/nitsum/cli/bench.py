@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nitsum.cli import bench_engine, bench_load, bench_switch
+from nitsum.cli import bench_engine, bench_load, bench_overlay, bench_switch
 
 _MEASUREMENTS = (
     (
@@ -18,6 +18,12 @@ _MEASUREMENTS = (
         "what a plan switch costs the streams that run across it",
         bench_switch.add_arguments,
         bench_switch.run,
+    ),
+    (
+        "overlay",
+        "what it costs lanes to take turns on the same GPUs",
+        bench_overlay.add_arguments,
+        bench_overlay.run,
     ),
     (
         "serve",

@@ -18,6 +18,8 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """Flags that only GPUs have; `--batches` and `--json` are shared."""
     add = parser.add_argument
     add("--tp", type=int, default=1, metavar="T", help="GPUs of the lane (default: 1)")
+    add("--context", type=int, default=1024, metavar="N",
+        help="mean context of decode figures (default: 1024)")  # fmt: skip
     add("--load-format", choices=("auto", "dummy"), default="dummy", help="default: dummy weights")
     add("--saturation", type=int, default=0, metavar="N",
         help="also N requests of 1,155 tokens in and 211 out at once")  # fmt: skip
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace, batches: tuple[int, ...] | None = None) -> int
         model=checkpoint_folder(args.model),
         tp=args.tp,
         saturation=args.saturation,
+        context=args.context,
         load_format=args.load_format,
         batches=batches or Options.batches,
     )

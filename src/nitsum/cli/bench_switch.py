@@ -11,7 +11,7 @@ from nitsum.bench.switch import Options, Result, measure
 from nitsum.bench.tables import percent, print_line, print_table, size
 from nitsum.bench.verify import check_plans
 from nitsum.cli.checkpoint import checkpoint_folder
-from nitsum.cli.readers import entries
+from nitsum.cli.readers import entries, size_bytes
 from nitsum.errors import ConfigError, require_torch
 from nitsum.metrics.percentiles import Summary
 from nitsum.plan import PlanSet, is_power_of_two, read_plans
@@ -25,7 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plans", default="", metavar="PLAN,...", help="default: the narrowest and the widest")
     add("--switches", type=int, default=20, metavar="K", help="each way (default: 20)")
     add("--streams", type=int, default=8, metavar="N", help="running at once (default: 8)")
+    add("--prompt-tokens", type=int, default=32, metavar="N", help="of a stream (default: 32)")
     add("--answer-tokens", type=int, default=160, metavar="N", help="of a stream (default: 160)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu, in float32; cuda "
+        "is in bfloat16")  # fmt: skip
+    add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    add("--fill", choices=("requests", "cache"), default="requests", help="what fills the arena: "
+        "requests, or the prefixes they left behind (default: requests)")  # fmt: skip
+    add("--kv-memory", type=size_bytes, metavar="SIZE", help="of a rank; 0: all there is "
+        "(default: made for the streams)")  # fmt: skip
+    add("--max-batch-tokens", type=int, default=0, metavar="N", help="of a step")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and switches")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -36,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
     with stages() as progress:
         result = measure(options, progress.stage, progress.note)
     if args.json:
-        notes = f"{args.ranks} ranks, {args.streams} streams, float32; arenas {_fullness(result)}"
+        notes = (
+            f"{args.ranks} ranks ({args.device}), {args.streams} streams of {args.prompt_tokens} "
+            f"tokens, {options.dtype}; arenas filled by {args.fill}, {_fullness(result)}"
+        )
         print(json.dumps({**summary(result.figures(), notes), "different": result.different}))
     else:
         print_result(result)
@@ -47,9 +59,9 @@ def _options(args: argparse.Namespace) -> Options:
     require_torch()
     if not is_power_of_two(args.ranks) or args.ranks < 2:
         raise ConfigError(f"--ranks: a power of two from 2 on is expected, not {args.ranks}.")
-    for name in ("switches", "streams"):
+    for name in ("switches", "streams", "prompt_tokens"):
         if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1.")
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
     plans = _plans(args)
     check_plans(plans)
     model = checkpoint_folder(args.model)
@@ -58,6 +70,13 @@ def _options(args: argparse.Namespace) -> Options:
         plans=plans,
         num_each_way=args.switches,
         num_streams=args.streams,
+        device=args.device,
+        dtype="float32" if args.device == "cpu" else "bfloat16",
+        load_format=args.load_format,
+        fill=args.fill,
+        kv_bytes=args.kv_memory,
+        max_batch_tokens=args.max_batch_tokens,
+        num_prompt=args.prompt_tokens,
         num_answer=args.answer_tokens,
         seed=args.seed,
     )
@@ -93,6 +112,9 @@ def print_result(result: Result) -> None:
         f"{result.num_in_full_arena} of {len(result.reports)} switches began in a full arena "
         f"with a prefill in flight; {_fullness(result)}."
     )
+    if result.num_streams > result.num_same + result.num_close + len(result.different):
+        print_line("Texts were not compared: in bfloat16, layouts round differently.")
+        return
     print_line(
         f"Of {result.num_streams} streams, {result.num_same} have the static layout's text, "
         f"{result.num_close} left it at a close call, {len(result.different)} are different."

@@ -32,6 +32,8 @@ class StepUnderWay:
     """What is needed to report a step once `end` has happened; tokens only on the leader."""
 
     step_id: int
+    before: torch.cuda.Event | None
+    """The end of what the main stream did before."""
     start: torch.cuda.Event
     end: torch.cuda.Event
     tokens: torch.Tensor | None
@@ -71,6 +73,8 @@ class CudaRunner:
         self._progress = progress
         self._units_per_page = units_per_page
         self._num_obeyed = 0
+        self._last_end: torch.cuda.Event | None = None
+        """Of the newest message on the main stream."""
         self._steps: deque[StepUnderWay | MoveUnderWay] = deque()
         """Of the main stream, in order."""
         self._beside: list[MoveUnderWay] = []
@@ -111,7 +115,8 @@ class CudaRunner:
         num_draws = sum(part.samples for part in step.work)
         leads = lane.comm.is_leader
         tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
-        return StepUnderWay(step.step_id, start, _record_event(), tokens, reports)
+        before, self._last_end = self._last_end, _record_event()
+        return StepUnderWay(step.step_id, before, start, self._last_end, tokens, reports)
 
     def _wait_for_precopies(self, step: Step, lane: CudaLane) -> None:
         per_page = self._units_per_page[step.group]
@@ -143,7 +148,11 @@ class CudaRunner:
     def _move(self, move: Move) -> None:
         launched = self._mover.launch(move)
         under_way = MoveUnderWay(move.move_id, launched)
-        (self._beside if launched.beside else self._steps).append(under_way)
+        if launched.beside:
+            self._beside.append(under_way)
+        else:
+            self._steps.append(under_way)
+            self._last_end = launched.end
 
     # -- reports --
 
@@ -160,9 +169,10 @@ class CudaRunner:
 
 def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
     seconds = done.start.elapsed_time(done.end) / 1e3
+    idle_s = done.before.elapsed_time(done.start) / 1e3 if done.before else 0.0
     num_draws = len(tokens)
     if done.reports is None:
-        return StepDone(done.step_id, rank, tokens.tolist(), seconds)
+        return StepDone(done.step_id, rank, tokens.tolist(), seconds, idle_s=idle_s)
     return StepDone(
         done.step_id,
         rank,
@@ -170,6 +180,7 @@ def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
         seconds,
         read_logprobs(done.reports, num_draws),
         read_logits(done.reports, num_draws),
+        idle_s,
     )
 
 
