@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _CLIENT = Group(1, 0)
 """Steps are not seen from outside; every arrival of tokens stands for one."""
 
+MAX_OPEN = 4096
+
 TargetOf = Callable[[WorkItem], Target]
 Progress = Callable[["LoadState"], None]
 
@@ -74,7 +76,7 @@ class LoadRun:
         *,
         vocab_size: int,
         target_of: TargetOf | None = None,
-        max_open: int = 4096,
+        max_open: int = MAX_OPEN,
     ) -> None:
         """`max_open` bounds sockets; reaching it is counted as lateness, never hidden."""
         self.endpoint = endpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from nitsum.bench.load import LoadRun, LoadState, Progress
+from nitsum.bench.load import MAX_OPEN, LoadRun, LoadState, Progress
 from nitsum.bench.stream_client import Endpoint
 from nitsum.errors import NitsumError
 from nitsum.events import BothSinks, EventSink
@@ -64,6 +64,7 @@ async def run_load(
     events: Path | None = None,
     on_progress: Progress | None = None,
     small_samples: bool = False,
+    max_open: int = MAX_OPEN,
 ) -> Outcome:
     """Send `items`, record what comes back, judge it by `targets`.
 
@@ -71,11 +72,11 @@ async def run_load(
     """
     recorder = Recorder()
     if events is None:
-        state = await _send(endpoint, items, recorder, vocab_size, targets, on_progress)
+        state = await _send(endpoint, items, recorder, vocab_size, targets, on_progress, max_open)
     else:
         with EventFile(events) as file:
             sink = BothSinks(recorder, file)
-            state = await _send(endpoint, items, sink, vocab_size, targets, on_progress)
+            state = await _send(endpoint, items, sink, vocab_size, targets, on_progress, max_open)
     canaries = _take_canaries(recorder)
     report = build_report(recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples)
     notes = [*report.notes, *_generator_notes(state), *canaries]
@@ -89,11 +90,14 @@ async def _send(
     vocab_size: int,
     targets: Targets | None,
     on_progress: Progress | None,
+    max_open: int,
 ) -> LoadState:
     def target_of(item: WorkItem) -> Target:
         return targets.of(item.tier, item.num_prompt) if targets else Target()
 
-    run = LoadRun(endpoint, items, sink, vocab_size=vocab_size, target_of=target_of)
+    run = LoadRun(
+        endpoint, items, sink, vocab_size=vocab_size, target_of=target_of, max_open=max_open
+    )
     return await run.run(on_progress)
 
 
