@@ -3,8 +3,8 @@
     python -m benchmarks.front_door [--model FOLDER] [--streams 256] [--requests 512] [--out FOLDER]
 
 Three processes, as in a deployment: the engine (the real core and its messages; its ranks only pass
-the time), the server at its defaults, and the client of `nitsum bench serve`. Each load is sent with
-so many requests open at a time; CPU time of each process is divided by tokens and requests:
+the time), the server at its defaults, and the client of `nitsum bench serve`. Each load is sent
+with so many requests open at a time; CPU time of each process is divided by tokens and requests:
 
     whole = requests x (request + tokens x token)      answers of 211 tokens
     short = requests x (request + token)               answers of 1 token
@@ -260,7 +260,7 @@ def run_client(
             endpoint, items, vocab_size=VOCABULARY, max_open=num_open, small_samples=True
         )
         wall_s, cpu = time.monotonic() - started_s, time.process_time() - started_cpu_s
-        records = [record for record in outcome.recorder.requests.values()]
+        records = list(outcome.recorder.requests.values())
         assert outcome.state.num_done == num_requests, outcome.state
         gaps = sorted(record.longest_gap_s or 0.0 for record in records)
         return Sent(

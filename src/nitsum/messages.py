@@ -1,7 +1,7 @@
 """Every message that crosses a process boundary. Reading this file is reading the protocol.
 
     server -> engine   Submit, Abort, SwitchPlan, Drain, GetStatus
-    engine -> server   Output, SwitchReport, Status
+    engine -> server   Output, Tokens, SwitchReport, Status
     engine -> starter  EngineProgress, EngineReady, EngineFailed
     engine -> worker   Step, Move, Shutdown        one FIFO per rank, obeyed in order
     worker -> engine   Ready, StepDone, MoveDone, Failed
@@ -135,6 +135,14 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     num_displaced: int = 0
 
 
+class Tokens(msgspec.Struct, tag=True, frozen=True):
+    """One new token each of many requests, of which nothing else has changed since their last
+    `Output`: what most steps come to. Column by column; a request may stand here twice."""
+
+    request_ids: list[str]
+    tokens: list[int]
+
+
 class WaveReport(msgspec.Struct, frozen=True):
     num_requests: int
     num_cached_blocks: int
@@ -244,7 +252,7 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     """The newest last; as many as were asked for."""
 
 
-FromEngine = Output | SwitchReport | Status
+FromEngine = Output | Tokens | SwitchReport | Status
 
 # --- engine -> worker ---------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
+import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
@@ -23,6 +25,7 @@ from nitsum.messages import (
     SwitchPlan,
     SwitchReport,
     ToEngine,
+    Tokens,
     encode,
     from_engine_decoder,
 )
@@ -93,6 +96,52 @@ def gone_output(request_id: str) -> Output:
     return Output(request_id, error=_GONE, error_status=503, error_code="server_is_overloaded")
 
 
+class Inbox:
+    """Outputs of one request that nobody has read yet. One reader; tokens wait side by side.
+
+    A reader that is behind finds several tokens in one output, so what waits stays small.
+    """
+
+    def __init__(self) -> None:
+        self._unread: deque[Output] = deque()
+        self._last: Output | None = None
+        """The last output, read or not."""
+        self._grows = False
+        """The last unread output is ours, and more tokens fit in."""
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, output: Output) -> None:
+        self._last = output
+        self._grows = False
+        self._unread.append(output)
+        self._wake()
+
+    def put_token(self, token: int) -> None:
+        """A token of which all else is as the last output had it; without one, nobody knows it."""
+        if self._grows:
+            self._unread[-1].tokens.append(token)
+        elif self._last is not None:
+            self._unread.append(msgspec.structs.replace(self._last, tokens=[token], **_BARE))
+            self._grows = True
+            self._wake()
+
+    async def get(self) -> Output:
+        """The next output, as soon as there is one."""
+        while not self._unread:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        self._grows = self._grows and len(self._unread) > 1
+        return self._unread.popleft()
+
+    def _wake(self) -> None:
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+
+
+_BARE: dict[str, Any] = {"logprobs": [], "logits": []}
+
+
 class ZmqEngineClient:
     """The client of an engine in another process.
 
@@ -106,7 +155,7 @@ class ZmqEngineClient:
         self._address = address
         self._status_timeout_s = status_timeout_s
         self._switch_timeout_s = switch_timeout_s
-        self._outputs: dict[str, asyncio.Queue[Output]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._statuses: dict[str, asyncio.Future[Status]] = {}
         self._switches: dict[str, asyncio.Future[SwitchReport]] = {}
         self._listeners: list[SwitchListener] = []
@@ -144,18 +193,17 @@ class ZmqEngineClient:
         self._tasks = []
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        inbox: asyncio.Queue[Output] = asyncio.Queue()
-        self._outputs[request.request_id] = inbox
+        inbox = self._inboxes[request.request_id] = Inbox()
         ended = False
         try:
             if not self._post(Submit(request)):
-                inbox.put_nowait(gone_output(request.request_id))
+                inbox.put(gone_output(request.request_id))
             while not ended:
                 output = await inbox.get()
                 ended = output.finish_reason is not None or output.error is not None
                 yield output
         finally:
-            del self._outputs[request.request_id]
+            del self._inboxes[request.request_id]
             if not ended:
                 self._post(Abort(request.request_id))
 
@@ -210,7 +258,10 @@ class ZmqEngineClient:
                 self._deliver(from_engine_decoder.decode(frame))
 
     def _deliver(self, message: FromEngine) -> None:
-        if isinstance(message, Output):
+        if isinstance(message, Tokens):
+            for request_id, token in zip(message.request_ids, message.tokens, strict=True):
+                self._deliver_token(request_id, token)
+        elif isinstance(message, Output):
             self._deliver_output(message)
         elif isinstance(message, Status):
             _resolve(self._statuses.get(message.op_id), message)
@@ -220,13 +271,20 @@ class ZmqEngineClient:
                 listener(message)
 
     def _deliver_output(self, output: Output) -> None:
-        inbox = self._outputs.get(output.request_id)
+        inbox = self._inboxes.get(output.request_id)
         if inbox is not None:
-            inbox.put_nowait(output)
+            inbox.put(output)
         elif output.finish_reason is None and output.error is None:
             # Nobody reads it: aborted a moment ago, or submitted by a server or to an engine that
             # has died since.
             self._post(Abort(output.request_id))
+
+    def _deliver_token(self, request_id: str, token: int) -> None:
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:
+            inbox.put_token(token)
+        else:
+            self._post(Abort(request_id))
 
     async def _watch(self) -> None:
         while True:
@@ -249,8 +307,8 @@ class ZmqEngineClient:
 
     def _lose_engine(self) -> None:
         self._connected.clear()
-        for request_id, inbox in self._outputs.items():
-            inbox.put_nowait(gone_output(request_id))
+        for request_id, inbox in self._inboxes.items():
+            inbox.put(gone_output(request_id))
         for reply in [*self._statuses.values(), *self._switches.values()]:
             if not reply.done():
                 reply.set_exception(engine_gone())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from nitsum.errors import ApiError
 from nitsum.messages import Output, TokenLogprobs
@@ -14,8 +15,7 @@ from nitsum.server.shapes import FinishName, ToolCall
 from nitsum.server.tools import ToolCallParser
 
 
-@dataclass(frozen=True)
-class TokenScore:
+class TokenScore(msgspec.Struct, frozen=True):
     """A token's report. `offset` is where its text begins in the answer, in characters."""
 
     token: int
@@ -23,21 +23,26 @@ class TokenScore:
     logprobs: TokenLogprobs
 
 
-@dataclass
-class Piece:
+class Piece(msgspec.Struct):
     """What one engine output adds to a choice; the last piece has a `finish_reason`."""
 
     index: int
     text: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list[ToolCall])
-    tokens: list[int] = field(default_factory=list[int])
-    scores: list[TokenScore] = field(default_factory=list[TokenScore])
+    tool_calls: list[ToolCall] = []
+    tokens: list[int] = []
+    scores: list[TokenScore] = []
     finish_reason: FinishName | None = None
 
     @property
     def has_news(self) -> bool:
         """Something for the client; False while all of it is held back."""
         return bool(self.text or self.tool_calls or self.scores)
+
+    @property
+    def is_plain(self) -> bool:
+        """It adds text, and nothing else: what most pieces are."""
+        ends = self.finish_reason is not None
+        return bool(self.text) and not (ends or self.tool_calls or self.scores)
 
 
 class Answer:
@@ -67,6 +72,8 @@ class Answer:
         self._num_decoded_chars = 0
         self._num_released_chars = 0
         self._scores: deque[TokenScore] = deque()
+        self._is_simple = not stops and tools is None and request.sampling.logprobs is None
+        """No text is ever held back but for incomplete characters."""
 
     def add(self, output: Output) -> Piece:
         """The piece an output makes. After its `finish_reason` nothing may follow.
@@ -78,6 +85,9 @@ class Answer:
         self.tier = output.tier
         self.num_cached = output.num_cached
         piece = Piece(self.index)
+        if self._is_simple and output.finish_reason is None and not output.logprobs:
+            self._add_text(piece, output.tokens)
+            return piece
         for token, scores in _with_scores(output):
             self._add_token(piece, token, scores)
             if self._ended_here(piece, token, output):
@@ -87,6 +97,15 @@ class Answer:
         if piece.finish_reason is not None:
             self._finish(piece)
         return piece
+
+    def _add_text(self, piece: Piece, tokens: list[int]) -> None:
+        """What the loop of `add` does, where nothing is looked for and nothing held back."""
+        self.num_tokens += len(tokens)
+        add = self._detokenizer.add
+        piece.tokens = kept = [token for token in tokens if token not in self._stop_ids]
+        piece.text = text = add(kept[0]) if len(kept) == 1 else "".join(map(add, kept))
+        self._num_decoded_chars += len(text)
+        self._num_released_chars += len(text)
 
     def _add_token(self, piece: Piece, token: int, scores: TokenLogprobs | None) -> None:
         self.num_tokens += 1

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from nitsum.errors import bad_request
 from nitsum.request import Request
 from nitsum.server.answer import Answer, Piece, TokenScore
+from nitsum.server.chunks import BLANK, Blank, ChunkUsage
 from nitsum.server.fields import check_common, room_for_answer, sampling_params, stop_strings
 from nitsum.server.generation import engine_requests, new_id
 from nitsum.server.job import Job
@@ -23,7 +24,7 @@ from nitsum.server.messages import (
     template_tools,
     template_variables,
 )
-from nitsum.server.respond import ChunkUsage, respond
+from nitsum.server.respond import respond
 from nitsum.server.schema import CHAT_REFUSED, ChatBody, Message, Tool, parse_body
 from nitsum.server.service import Service, inline_or_thread, read_body, service_of
 from nitsum.server.shapes import (
@@ -154,6 +155,12 @@ class ChatShape:
             choice = ChatChunkChoice(piece.index, Delta(), finish_reason=piece.finish_reason)
             yield self._of_choice(job, choice, usage)
 
+    def form(self, job: Job, index: int, usage: Blank | ChunkUsage) -> msgspec.Struct | None:
+        if self._with_ids or index not in self._begun:
+            return None
+        choice = ChatChunkChoice(index, Delta(content=BLANK))
+        return self._of_choice(job, choice, usage)
+
     def _delta(self, piece: Piece) -> Delta:
         first = self._num_calls.get(piece.index, 0)
         self._num_calls[piece.index] = first + len(piece.tool_calls)
@@ -174,7 +181,7 @@ class ChatShape:
             choice.token_ids = piece.tokens if self._with_ids else UNSET
         return self._of_choice(job, choice, usage)
 
-    def _of_choice(self, job: Job, choice: ChatChunkChoice, usage: ChunkUsage) -> ChatChunk:
+    def _of_choice(self, job: Job, choice: ChatChunkChoice, usage: Blank | ChunkUsage) -> ChatChunk:
         tier = job.answers[choice.index].tier
         return ChatChunk(job.id, job.created, job.model, [choice], tier, usage)
 

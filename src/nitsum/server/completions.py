@@ -11,10 +11,11 @@ from starlette.responses import Response
 
 from nitsum.errors import bad_request
 from nitsum.server.answer import Answer, Piece, TokenScore
+from nitsum.server.chunks import BLANK, Blank, ChunkUsage
 from nitsum.server.fields import check_common, room_for_answer, sampling_params, stop_strings
 from nitsum.server.generation import engine_requests, new_id
 from nitsum.server.job import Job
-from nitsum.server.respond import ChunkUsage, respond
+from nitsum.server.respond import respond
 from nitsum.server.schema import COMPLETION_REFUSED, CompletionBody, parse_body
 from nitsum.server.service import Service, read_body, service_of
 from nitsum.server.shapes import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -127,6 +128,12 @@ class CompletionShape:
             tier = job.answers[piece.index].tier
             choice = self._choice(piece)
             yield Completion(job.id, job.created, job.model, [choice], tier, usage)
+
+    def form(self, job: Job, index: int, usage: Blank | ChunkUsage) -> msgspec.Struct | None:
+        if self._with_ids or (self._echoes and index not in self._begun):
+            return None
+        choice = CompletionChoice(index, BLANK)
+        return Completion(job.id, job.created, job.model, [choice], job.answers[index].tier, usage)
 
     def last_chunk(self, job: Job, usage: Usage) -> msgspec.Struct:
         return Completion(job.id, job.created, job.model, [], job.tier, usage)

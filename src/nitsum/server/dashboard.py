@@ -60,7 +60,7 @@ async def state(http: HttpRequest) -> Response:
 
 async def stream(http: HttpRequest) -> Response:
     """The same as server-sent events: once with the history, then every second without."""
-    return EventStream(_events(_sampler(http)), {})
+    return EventStream(_events(_sampler(http)), dict)
 
 
 async def _events(sampler: Sampler) -> AsyncGenerator[bytes, None]:

@@ -32,12 +32,24 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """For byte-level vocabularies: tokens are byte strings, so UTF-8 itself says what is whole."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, bytes_of: Callable[[int], bytes], text_of: Callable[[int], str | None]
+    ) -> None:
+        """`text_of` is the text of a token that is whole characters; None for any other."""
         self._bytes_of = bytes_of
+        self._text_of = text_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False
+        """Inside a character: the decoder holds bytes back."""
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._bytes_of(token))
+        if not self._inside:
+            whole = self._text_of(token)
+            if whole is not None:
+                return whole
+        text = self._decoder.decode(self._bytes_of(token))
+        self._inside = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

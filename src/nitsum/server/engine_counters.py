@@ -112,12 +112,13 @@ def _of_plans(tally: Tally) -> Iterator[Metric]:
     yield HistogramMetricFamily(
         "nitsum:plan_switch_gap_seconds",
         "Longest time without a token of each stream that a switch moved.",
-        buckets=_cumulative(tally.switch_gaps),
+        buckets=cumulative(tally.switch_gaps),
         sum_value=tally.switch_gaps.sum_s,
     )
 
 
-def _cumulative(gaps: Buckets) -> list[tuple[str, float]]:
+def cumulative(gaps: Buckets) -> list[tuple[str, float]]:
+    """A histogram as Prometheus has it: of each bound, how many values were at most that."""
     total = 0
     found: list[tuple[str, float]] = []
     for bound, count in zip([*map(str, gaps.bounds_s), "+Inf"], gaps.counts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 
 import msgspec
 
@@ -55,7 +55,7 @@ def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-async def pieces(
+def pieces(
     engine: EngineClient, job: Job, metrics: Metrics, books: Books
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of all answers as they come; ends when every answer has ended.
@@ -63,18 +63,21 @@ async def pieces(
     Raises `ApiError` when one fails or the caller's key has no room for it. Closing (or cancelling)
     it aborts what is left. However it ends, the books have an entry.
     """
-    with books.open(job):
-        streams = [_follow(engine, job, answer, metrics) for answer in job.answers]
-        merged = streams[0] if len(streams) == 1 else _merge(streams)
-        async with aclosing(merged):
-            async for piece in merged:
-                yield piece
+    entry = books.open(job)
+    if len(job.answers) == 1:
+        return _follow(engine, job, job.answers[0], metrics, entry)
+    streams = [_follow(engine, job, answer, metrics, nullcontext()) for answer in job.answers]
+    return _merge(streams, entry)
 
 
 async def _follow(
-    engine: EngineClient, job: Job, answer: Answer, metrics: Metrics
+    engine: EngineClient,
+    job: Job,
+    answer: Answer,
+    metrics: Metrics,
+    entry: AbstractContextManager[None],
 ) -> AsyncGenerator[Piece, None]:
-    with metrics.watch(answer.request) as watch:
+    with entry, metrics.watch(answer.request) as watch:
         job.watches.append(watch)
         async with aclosing(engine.generate(answer.request)) as outputs:
             async for output in outputs:
@@ -99,6 +102,15 @@ def _add(answer: Answer, output: Output, watch: Watch) -> Piece:
 
 
 async def _merge(
+    streams: Sequence[AsyncGenerator[Piece, None]], entry: AbstractContextManager[None]
+) -> AsyncGenerator[Piece, None]:
+    with entry:
+        async with aclosing(_interleave(streams)) as merged:
+            async for piece in merged:
+                yield piece
+
+
+async def _interleave(
     streams: Sequence[AsyncGenerator[Piece, None]],
 ) -> AsyncGenerator[Piece, None]:
     """Items of several streams as they come; the first error ends all of them."""

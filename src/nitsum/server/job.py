@@ -36,10 +36,15 @@ class Job:
 
     def usage(self) -> Usage:
         """Tokens so far. A prompt with several answers counts once, as cached for the first."""
-        firsts = self.answers[:: self.num_copies]
-        num_prompt = sum(len(answer.request.prompt) for answer in firsts)
-        num_output = sum(answer.num_tokens for answer in self.answers)
-        num_cached = sum(answer.num_cached for answer in firsts)
+        if len(self.answers) == 1:  # asked for with every token
+            (only,) = self.answers
+            num_prompt = len(only.request.prompt)
+            num_output, num_cached = only.num_tokens, only.num_cached
+        else:
+            firsts = self.answers[:: self.num_copies]
+            num_prompt = sum(len(answer.request.prompt) for answer in firsts)
+            num_output = sum(answer.num_tokens for answer in self.answers)
+            num_cached = sum(answer.num_cached for answer in firsts)
         details = PromptTokensDetails(num_cached)
         return Usage(num_prompt, num_output, num_prompt + num_output, details)
 

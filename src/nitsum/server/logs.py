@@ -11,6 +11,7 @@ from typing import Any, Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum.server.caller import now_s
+from nitsum.server.sse import offer_direct_send
 
 LogFormat = Literal["text", "json"]
 
@@ -104,6 +105,7 @@ class RequestLog:
                 status, request_id = message["status"], _request_id(message)
             await send(message)
 
+        offer_direct_send(scope, send)
         try:
             await self._app(scope, receive, send_and_look)
         except BaseException:

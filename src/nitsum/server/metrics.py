@@ -20,6 +20,7 @@ from nitsum.server import logs
 from nitsum.server.caller import now_s
 from nitsum.server.engine_counters import EngineCounters
 from nitsum.server.scores import Scores
+from nitsum.server.token_counters import TokenCounters
 from nitsum.server.tracing import Tracing
 from nitsum.tier import Tier, TierSet
 
@@ -145,14 +146,11 @@ class VllmMetrics:
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests begun.")
-        self.output_tokens = counter("generation_tokens", "Tokens generated.")
         self.displaced = counter("num_preemptions", "Times a running request was displaced.")
         self.ttft_s = histogram(
             "time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_BUCKETS_S
         )
-        self.gap_s = histogram(
-            "inter_token_latency_seconds", "Between two tokens of an answer.", _TOKEN_BUCKETS_S
-        )
+        self.tokens = TokenCounters(registry, model_name, _TOKEN_BUCKETS_S)
         self.tpot_s = histogram(
             "request_time_per_output_token_seconds",
             "Mean time per token after the first, of an answer.",
@@ -283,8 +281,9 @@ class Watch:
         if not self._begun:
             self._begin(output)
         self.tier, self.plan, self.lane = output.tier, output.plan, output.lane
-        self._metrics.vllm.displaced.inc(max(0, output.num_displaced - self.num_displaced))
-        self.num_displaced = max(self.num_displaced, output.num_displaced)
+        if output.num_displaced > self.num_displaced:
+            self._metrics.vllm.displaced.inc(output.num_displaced - self.num_displaced)
+            self.num_displaced = output.num_displaced
         if num_tokens:
             self._saw_tokens(num_tokens)
         if ended:
@@ -307,14 +306,14 @@ class Watch:
     def _saw_tokens(self, num_tokens: int) -> None:
         now = now_s()
         vllm = self._metrics.vllm
-        vllm.output_tokens.inc(num_tokens)
+        vllm.tokens.num_tokens += num_tokens
         self.num_tokens += num_tokens
         if self.first_s is None:
             self.first_s = now
             vllm.ttft_s.observe(now - self.request.arrival_s)
             self._metrics.ours.ttft_s.labels(self.tier).observe(now - self.request.arrival_s)
         else:
-            vllm.gap_s.observe(now - self._last_s)
+            vllm.tokens.saw_gap(now - self._last_s)
         self._last_s = now
 
     def _end(self, output: Output) -> None:

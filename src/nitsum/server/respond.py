@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from nitsum.errors import ApiError
 from nitsum.server.answer import Piece
+from nitsum.server.chunks import ChunkShape, ChunkWriter
 from nitsum.server.generation import pieces
 from nitsum.server.job import Job
 from nitsum.server.schema import CommonBody
@@ -20,18 +20,12 @@ from nitsum.server.service import Service
 from nitsum.server.shapes import Usage
 from nitsum.server.sse import DONE, EventStream, error_event, event, until_disconnect
 
-ChunkUsage = Usage | UnsetType | None
 
-
-class Shape(Protocol):
+class Shape(ChunkShape, Protocol):
     """How one endpoint writes its answers."""
 
     def whole(self, job: Job, found: Mapping[int, list[Piece]]) -> msgspec.Struct:
         """The response to a call that does not stream, from the pieces of each choice."""
-        ...
-
-    def chunks(self, job: Job, piece: Piece, usage: ChunkUsage) -> Iterator[msgspec.Struct]:
-        """Chunks for a piece; none while all of it is held back."""
         ...
 
     def last_chunk(self, job: Job, usage: Usage) -> msgspec.Struct:
@@ -51,8 +45,7 @@ async def respond(
     if not body.stream:
         found = await until_disconnect(request.receive, _collect(stream))
         return json_response(shape.whole(job, found), job.headers())
-    first = await until_disconnect(request.receive, anext(stream))
-    return EventStream(_events(stream, first, job, shape, body), job.headers())
+    return EventStream(_events(stream, job, shape, body), job.headers)
 
 
 def json_response(body: object, headers: Mapping[str, str] | None = None) -> Response:
@@ -70,27 +63,25 @@ async def _collect(stream: AsyncGenerator[Piece, None]) -> dict[int, list[Piece]
 
 
 async def _events(
-    stream: AsyncGenerator[Piece, None], first: Piece, job: Job, shape: Shape, body: CommonBody
+    stream: AsyncGenerator[Piece, None], job: Job, shape: Shape, body: CommonBody
 ) -> AsyncGenerator[bytes, None]:
+    """Events for the client. Errors before the first output are raised, later ones are events."""
     options = body.stream_options
     with_usage = options is not None and bool(options.include_usage)
     running = with_usage and options is not None and bool(options.continuous_usage_stats)
+    writer = ChunkWriter(job, shape, with_usage=with_usage, running=running)
+    begun = False
     async with aclosing(stream):
         try:
-            async for piece in _chain(first, stream):
-                usage = job.usage() if running else None if with_usage else UNSET
-                for chunk in shape.chunks(job, piece, usage):
-                    yield event(chunk)
+            async for piece in stream:
+                begun = True
+                yield writer.write(piece)
         except ApiError as error:
+            if not begun:
+                raise
             # Without [DONE]: what came so far is not a whole answer.
             yield error_event(error)
             return
     if with_usage:
         yield event(shape.last_chunk(job, job.usage()))
     yield DONE
-
-
-async def _chain(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    yield first
-    async for piece in rest:
-        yield piece

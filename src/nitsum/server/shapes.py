@@ -7,6 +7,9 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+Blank = msgspec.Raw
+"""JSON that is filled in later, see `chunks.py`."""
+
 FinishName = Literal["stop", "length", "tool_calls"]
 
 
@@ -85,7 +88,7 @@ class ChatCompletion(msgspec.Struct):
 
 class Delta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType | None = UNSET
+    content: str | Blank | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
@@ -103,7 +106,7 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChatChunkChoice]
     service_tier: str
-    usage: Usage | UnsetType | None = UNSET
+    usage: Usage | Blank | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     system_fingerprint: None = None
 
@@ -117,7 +120,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 class CompletionChoice(msgspec.Struct):
     index: int
-    text: str
+    text: str | Blank
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishName | None = None
     token_ids: list[int] | UnsetType = UNSET
@@ -131,6 +134,6 @@ class Completion(msgspec.Struct):
     model: str
     choices: list[CompletionChoice]
     service_tier: str
-    usage: Usage | UnsetType | None = UNSET
+    usage: Usage | Blank | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
     system_fingerprint: None = None

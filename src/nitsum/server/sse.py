@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -55,22 +55,47 @@ def error_event(error: ApiError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events until they end or the client goes away; always closes the generator."""
+    """Sends events until they end or the client goes away; always closes the generator.
+
+    The head waits for the first event, so that an error before it has a status of its own.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**headers, "cache-control": "no-cache"})
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """`headers` is asked once there is an event. Empty events are not sent."""
+        super().__init__(headers={"cache-control": "no-cache"})
         # Not known before the end.
         del self.headers["content-length"]
         self._events = events
+        self._late_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            await until_disconnect(receive, self._send(send))
+            await until_disconnect(receive, self._send(send, direct_send(scope, send)))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, send_body: Send) -> None:
+        data = await anext(self._events, b"")
+        self.headers.update(self._late_headers())
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if data:
+            await send_body({"type": "http.response.body", "body": data, "more_body": True})
         async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if data:
+                await send_body({"type": "http.response.body", "body": data, "more_body": True})
+        await send_body({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+_DIRECT_SEND = "nitsum.send"
+
+
+def offer_direct_send(scope: Scope, send: Send) -> None:
+    """For the outermost middleware: what is between it and the routes looks at heads only."""
+    scope[_DIRECT_SEND] = send
+
+
+def direct_send(scope: Scope, send: Send) -> Send:
+    """Where bodies may go once the head has gone through `send`."""
+    return scope.get(_DIRECT_SEND, send)

@@ -79,6 +79,7 @@ class TokenizerCodec:
         self._has_byte_fallback = "ByteFallback" in parts
         self.max_token_chars = self._longest_token() if self._is_byte_level else None
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         try:
@@ -97,9 +98,20 @@ class TokenizerCodec:
             known = self._bytes[token] = self._token_bytes(token)
         return known
 
+    def _token_text(self, token: int) -> str | None:
+        """The text of a token that is whole characters; None for any other."""
+        if token in self._texts:
+            return self._texts[token]
+        try:
+            text = self.token_bytes(token).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._texts[token] = text
+        return text
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         inner = (
-            ByteDetokenizer(self.token_bytes)
+            ByteDetokenizer(self.token_bytes, self._token_text)
             if self._is_byte_level
             else WindowDetokenizer(self.decode)
         )
