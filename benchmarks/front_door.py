@@ -64,6 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--answer", type=int, default=NUM_ANSWER, help="tokens of an answer")
     parser.add_argument("--step-ms", type=float, default=28.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -78,28 +79,29 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, stack: Stack) -> dict[str, float]:
-    load(stack, 64, NUM_ANSWER, args.streams)  # warm-up
-    whole = load(stack, args.requests, NUM_ANSWER, args.streams)
+    load(stack, 64, 8, args.streams)  # warm-up
+    whole = load(stack, args.requests, args.answer, args.streams)
     short = load(stack, args.requests, 1, args.streams)
     alone = [load(stack, 1, 2, 1).ttft_s for _ in range(9)]
     figures = {
         "output_tokens_per_s": whole.num_tokens / whole.wall_s,
+        "tokens_per_chunk": whole.num_tokens / whole.num_chunks,
         "longest_gap_p50_ms": 1e3 * whole.longest_gap_p50_s,
         "longest_gap_p99_ms": 1e3 * whole.longest_gap_p99_s,
         "lone_ttft_over_step_ms": 1e3 * statistics.median(alone) - args.step_ms,
     }
     for process in ("server", "client", "engine"):
-        token, request = costs(whole, short, process)
+        token, request = costs(whole, short, process, args.answer)
         figures[f"{process}_cpu_per_token_us"] = 1e6 * token
         figures[f"{process}_cpu_per_request_us"] = 1e6 * request
         figures[f"{process}_cpu_share"] = whole.cpu_s[process] / whole.wall_s
     return figures
 
 
-def costs(whole: Sent, short: Sent, process: str) -> tuple[float, float]:
+def costs(whole: Sent, short: Sent, process: str, num_answer: int) -> tuple[float, float]:
     """CPU seconds per token and per request."""
     a, b = whole.cpu_s[process] / whole.num_requests, short.cpu_s[process] / short.num_requests
-    token = (a - b) / (NUM_ANSWER - 1)
+    token = (a - b) / (num_answer - 1)
     return token, b - token
 
 
@@ -225,6 +227,8 @@ class Sent:
 
     num_requests: int
     num_tokens: int
+    num_chunks: int
+    """Arrivals of tokens; fewer than tokens where one of the processes was behind."""
     wall_s: float
     ttft_s: float
     longest_gap_p50_s: float
@@ -266,6 +270,7 @@ def run_client(
         return Sent(
             num_requests,
             outcome.state.num_tokens,
+            len(outcome.recorder.steps),
             wall_s,
             statistics.median(record.ttft_s or 0.0 for record in records),
             gaps[len(gaps) // 2],
