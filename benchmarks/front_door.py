@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -46,7 +47,7 @@ from nitsum.kv.cache import ArenaShape
 from nitsum.messages import FromWorker, Ready, Step, StepDone, ToWorker
 from nitsum.plan import PlanSet, default_plans
 from nitsum.server import logs
-from nitsum.server.run import serve
+from nitsum.server.run import loop_factory, serve
 from nitsum.server.settings import ServerSettings
 from nitsum.workload.items import Segment, WorkItem
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, Stack(args, Path(name)) as stack:
-        print(f"{stack.url}, server {stack.server.pid}, engine {stack.engine.pid}", flush=True)
+        print(f"{stack.url}, server {stack.server.pid}", flush=True)
         figures = measure(args, stack)
     for name, value in figures.items():
         print(f"{name:45}{value:12.3f}")
@@ -202,9 +203,11 @@ class Stack:
         )
         own, self.server = start(run_server, settings, address, self._folder / "server.log")
         self.url: str = own.recv()
+        self.client_end, self.client = start(run_client, self.url)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.client.terminate()
         self.server.terminate()
         self.server.join(10)
         self._engine_end.send("end")
@@ -237,14 +240,11 @@ class Sent:
 
 
 def load(stack: Stack, num_requests: int, num_answer: int, num_open: int) -> Sent:
-    """Send it from a process of its own."""
-    own, process = start(run_client, stack.url, num_requests, num_answer, num_open)
-    own.recv()  # it is about to send
+    """Send it from the client's process."""
     before = {"server": cpu_s(stack.server), "engine": cpu_s(stack.engine)}
-    own.send("go")
-    sent: Sent = own.recv()
+    stack.client_end.send((num_requests, num_answer, num_open))
+    sent: Sent = stack.client_end.recv()
     after = {"server": cpu_s(stack.server), "engine": cpu_s(stack.engine)}
-    process.join()
     cpu = {name: after[name] - before[name] for name in after}
     return Sent(**{**vars(sent), "cpu_s": {**sent.cpu_s, **cpu}})
 
@@ -255,40 +255,39 @@ def cpu_s(process: BaseProcess) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def run_client(
-    url: str, num_requests: int, num_answer: int, num_open: int, parent: Connection
-) -> None:
-    async def send(endpoint: Endpoint) -> Sent:
-        started_s, started_cpu_s = time.monotonic(), time.process_time()
-        outcome = await run_load(
-            endpoint, items, vocab_size=VOCABULARY, max_open=num_open, small_samples=True
-        )
-        wall_s, cpu = time.monotonic() - started_s, time.process_time() - started_cpu_s
-        records = list(outcome.recorder.requests.values())
-        assert outcome.state.num_done == num_requests, outcome.state
-        gaps = sorted(record.longest_gap_s or 0.0 for record in records)
-        return Sent(
-            num_requests,
-            outcome.state.num_tokens,
-            len(outcome.recorder.steps),
-            wall_s,
-            statistics.median(record.ttft_s or 0.0 for record in records),
-            gaps[len(gaps) // 2],
-            gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
-            {"client": cpu},
-        )
-
-    name = f"{os.getpid()}"
-    items = [
-        WorkItem(
-            f"{name}.{i}", 0.0, num_answer, "default", "", (Segment(f"{name}.{i}", NUM_PROMPT),)
-        )
-        for i in range(num_requests)
-    ]
+def run_client(url: str, parent: Connection) -> None:
+    """One load after the other, as asked for."""
     endpoint, _ = asyncio.run(find_endpoint(url))
-    parent.send("ready")
-    parent.recv()
-    parent.send(asyncio.run(send(endpoint)))
+    for number in count():
+        num_requests, num_answer, num_open = parent.recv()
+        items = [item(f"{os.getpid()}.{number}.{i}", num_answer) for i in range(num_requests)]
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            parent.send(runner.run(send(endpoint, items, num_open)))
+
+
+def item(name: str, num_answer: int) -> WorkItem:
+    return WorkItem(name, 0.0, num_answer, "default", "", (Segment(name, NUM_PROMPT),))
+
+
+async def send(endpoint: Endpoint, items: list[WorkItem], num_open: int) -> Sent:
+    started_s, started_cpu_s = time.monotonic(), time.process_time()
+    outcome = await run_load(
+        endpoint, items, vocab_size=VOCABULARY, max_open=num_open, small_samples=True
+    )
+    wall_s, cpu = time.monotonic() - started_s, time.process_time() - started_cpu_s
+    records = list(outcome.recorder.requests.values())
+    assert outcome.state.num_done == len(items), outcome.state
+    gaps = sorted(record.longest_gap_s or 0.0 for record in records)
+    return Sent(
+        len(items),
+        outcome.state.num_tokens,
+        len(outcome.recorder.steps),
+        wall_s,
+        statistics.median(record.ttft_s or 0.0 for record in records),
+        gaps[len(gaps) // 2],
+        gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
+        {"client": cpu},
+    )
 
 
 if __name__ == "__main__":

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from nitsum.bench.stream_client import Endpoint, Piece, StreamRefused, open_session, stream
+from nitsum.bench.http_stream import Pool
+from nitsum.bench.stream_client import Endpoint, Piece, StreamRefused, stream
 from nitsum.events import Arrived, Downgraded, EventSink, Finished, Refused, StepEnded
 from nitsum.metrics.targets import Target
 from nitsum.plan import Group
 from nitsum.request import FinishReason
 from nitsum.workload.items import WorkItem
-
-if TYPE_CHECKING:
-    import aiohttp
 
 _CLIENT = Group(1, 0)
 """Steps are not seen from outside; every arrival of tokens stands for one."""
@@ -92,12 +89,12 @@ class LoadRun:
 
     async def run(self, on_progress: Progress | None = None) -> LoadState:
         """Until everything sent has ended, one way or the other."""
-        async with open_session() as session:
+        with closing(Pool(self.endpoint.url)) as pool:
             self._start_s = time.monotonic()
             ticker = asyncio.create_task(self._tick(on_progress)) if on_progress else None
             for item in self.items:
                 await self._wait_until(item.at_s)
-                await self._start(session, item)
+                await self._start(pool, item)
             while self._tasks:
                 await asyncio.wait(self._tasks)
             if ticker is not None:
@@ -114,11 +111,11 @@ class LoadRun:
         if delay_s > 0:
             await asyncio.sleep(delay_s)
 
-    async def _start(self, session: aiohttp.ClientSession, item: WorkItem) -> None:
+    async def _start(self, pool: Pool, item: WorkItem) -> None:
         await self._room.acquire()
         late_s = time.monotonic() - self._start_s - item.at_s
         self.state.max_late_s = max(self.state.max_late_s, late_s)
-        task = asyncio.create_task(self._call(session, item))
+        task = asyncio.create_task(self._call(pool, item))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -127,33 +124,29 @@ class LoadRun:
         self._room.release()
         task.result()  # a mistake of ours ends the run
 
-    async def _call(self, session: aiohttp.ClientSession, item: WorkItem) -> None:
+    async def _call(self, pool: Pool, item: WorkItem) -> None:
         answer = _Stream(item, item.prompt(self.vocab_size), tier=item.tier)
         self._arrived(item, len(answer.prompt))
         self.state.num_open += 1
         try:
-            await self._read(stream(session, self.endpoint, item, answer.prompt), answer)
+            await self._read(stream(pool, self.endpoint, item, answer.prompt), answer)
         except StreamRefused as refusal:
             self._refused(item, refusal)
             return
         except OSError as error:
             self._count_error(type(error).__name__)
-        except Exception as error:
-            if not type(error).__module__.startswith("aiohttp"):
-                raise
-            self._count_error(type(error).__name__)
         finally:
             self.state.num_open -= 1
         self._finished(answer)
-        await self._follow(session, answer)
+        await self._follow(pool, answer)
 
-    async def _read(self, pieces: AsyncIterator[Piece], answer: _Stream) -> None:
-        async with aclosing(pieces) as source:  # type: ignore[type-var]
-            async for piece in source:
+    async def _read(self, pieces: AsyncGenerator[Piece, None], answer: _Stream) -> None:
+        async with aclosing(pieces):
+            async for piece in pieces:
                 answer.add(piece)
                 self._tokens(answer, piece)
 
-    async def _follow(self, session: aiohttp.ClientSession, answer: _Stream) -> None:
+    async def _follow(self, pool: Pool, answer: _Stream) -> None:
         """The chain's next call, after the time its sender needs to think."""
         if answer.reason == "error":
             return
@@ -162,7 +155,7 @@ class LoadRun:
         following = answer.item.following(done_s, answer.prompt, output)
         if following is not None:
             await self._wait_until(following.at_s)
-            await self._start(session, following)
+            await self._start(pool, following)
 
     # -- events --
 

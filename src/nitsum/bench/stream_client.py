@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from nitsum.errors import MissingDependency
+from nitsum.bench.http_stream import Connection, Pool
 from nitsum.workload.items import WorkItem
-
-if TYPE_CHECKING:
-    import aiohttp
 
 
 @dataclass(frozen=True)
@@ -74,38 +70,40 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_error = msgspec.json.Decoder(dict[str, _ErrorBody], strict=False).decode
 
 
-def open_session(max_connections: int = 0) -> aiohttp.ClientSession:
-    """A session without time-outs of its own: a slow answer is a result, not a failure."""
-    try:
-        import aiohttp
-    except ImportError:
-        raise MissingDependency(
-            "Load over HTTP needs aiohttp: pip install 'nitsum[bench]'."
-        ) from None
-    connector = aiohttp.TCPConnector(limit=max_connections, force_close=False)
-    timeout = aiohttp.ClientTimeout(total=None)
-    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 18)
-
-
 async def stream(
-    session: aiohttp.ClientSession, endpoint: Endpoint, item: WorkItem, prompt: list[int]
-) -> AsyncIterator[Piece]:
-    """Send `prompt` and yield what comes back. Raises `StreamRefused`, or aiohttp's errors."""
-    url = f"{endpoint.url}/v1/completions"
-    headers = _headers(endpoint, item)
-    async with session.post(url, data=_body(endpoint, item, prompt), headers=headers) as answer:
-        if answer.status >= 400:
-            raise _refusal(answer.status, await answer.read())
-        num_tokens = 0
-        async for line in answer.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = _decode_chunk(line[6:])
-            if chunk.error is not None:
-                raise StreamRefused(answer.status, str(chunk.error.code), chunk.error.message)
-            piece = _piece(chunk, num_tokens)
-            num_tokens += piece.num_tokens
-            yield piece
+    pool: Pool, endpoint: Endpoint, item: WorkItem, prompt: list[int]
+) -> AsyncGenerator[Piece, None]:
+    """Send `prompt` and yield what comes back. Raises `StreamRefused`, or `OSError`.
+
+    There is no time-out: a slow answer is a result, not a failure.
+    """
+    body, headers = _body(endpoint, item, prompt), _headers(endpoint, item)
+    async with pool.post("/v1/completions", body, headers) as (status, connection):
+        if status >= 400:
+            raise _refusal(status, await _all(connection))
+        num_tokens, rest = 0, b""
+        while (data := await connection.body()) is not None:
+            at_s = time.monotonic()
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    piece = _piece(_chunk(line, status), num_tokens, at_s)
+                    num_tokens += piece.num_tokens
+                    yield piece
+
+
+async def _all(connection: Connection) -> bytes:
+    content = b""
+    while (data := await connection.body()) is not None:
+        content += data
+    return content
+
+
+def _chunk(line: bytes, status: int) -> _Chunk:
+    chunk = _decode_chunk(line[6:])
+    if chunk.error is not None:
+        raise StreamRefused(status, str(chunk.error.code), chunk.error.message)
+    return chunk
 
 
 def _headers(endpoint: Endpoint, item: WorkItem) -> dict[str, str]:
@@ -139,14 +137,14 @@ def _body(endpoint: Endpoint, item: WorkItem, prompt: list[int]) -> bytes:
     return msgspec.json.encode(body)
 
 
-def _piece(chunk: _Chunk, num_before: int) -> Piece:
+def _piece(chunk: _Chunk, num_before: int, at_s: float) -> Piece:
     choice = chunk.choices[0] if chunk.choices else _Choice()
     if chunk.usage is not None:
         num_new = chunk.usage.completion_tokens - num_before
     else:
         num_new = 1 if choice.text else 0
     return Piece(
-        at_s=time.monotonic(),
+        at_s=at_s,
         num_tokens=max(0, num_new),
         token_ids=choice.token_ids or [],
         tier=chunk.service_tier,

@@ -25,6 +25,7 @@ from nitsum.metrics.figures import figures
 from nitsum.metrics.html import save_html
 from nitsum.metrics.report import Report, print_report
 from nitsum.metrics.targets import Targets, load_targets, save_targets
+from nitsum.server.run import loop_factory
 from nitsum.sim.source import read_source
 from nitsum.workload.generate import generate
 from nitsum.workload.spec import MixSpec
@@ -171,8 +172,8 @@ def _load(
     items = generate(_workload(args, context))
     if args.canary:
         items = with_canaries(items, args.canary, args.duration)
-    with _Meter(args.duration) as meter:
-        outcome = asyncio.run(
+    with _Meter(args.duration) as meter, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        outcome = runner.run(
             run_load(
                 endpoint,
                 items,

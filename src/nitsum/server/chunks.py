@@ -1,7 +1,7 @@
 """The chunks of one stream as bytes. Most only add text, so they are one form with blanks.
 
 data: {"id":"cmpl-1", ... "text":[     ],"finish_reason":null, ... "usage":[     ], ... }
-      `---------- head ----------´     `----------- middle ----------´     `--- tail ---´
+      |---------- head ----------|     |----------- middle ----------|     |--- tail ---|
 """
 
 from __future__ import annotations

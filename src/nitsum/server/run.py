@@ -40,11 +40,11 @@ def serve(
         if on_ready is not None:
             on_ready(url)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve_async(settings, client, on_ready=ready))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """The fastest event loop that is installed; None for asyncio's own."""
     try:
         import uvloop
