@@ -86,6 +86,27 @@ def test_outputs_reach_their_request_in_order(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_tokens_of_a_step_come_in_one_frame(tmp_path: Path) -> None:
+    async def body(client: ZmqEngineClient, link: ServerLink) -> None:
+        tasks = [asyncio.create_task(collect(client, name)) for name in "ab"]
+        submitted: list[ToEngine] = []
+        while len(submitted) < 2:
+            submitted += await received(link)
+        link.send(Output("a", [1], tier="flex"), Output("b", [2]))
+        link.send(Output("a", [3], tier="flex"), Output("b", [4]), Output("c", [5]))
+        link.send(Output("c", [6]))
+        link.send(Output("a", [], "stop", tier="flex"), Output("b", [5], "length"))
+        a, b = await asyncio.gather(*tasks)
+        assert [output.tokens for output in a] == [[1], [3], []]
+        assert {output.tier for output in a} == {"flex"}
+        assert [token for output in b for token in output.tokens] == [2, 4, 5]
+        # Nobody reads c: each message about it says so.
+        aborts = [m for m in await received(link) if isinstance(m, Abort)]
+        assert set(aborts) == {Abort("c")}
+
+    run(tmp_path, body)
+
+
 def test_closing_a_stream_early_aborts_it(tmp_path: Path) -> None:
     async def body(client: ZmqEngineClient, link: ServerLink) -> None:
         stream = client.generate(request("a"))

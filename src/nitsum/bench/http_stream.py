@@ -39,7 +39,8 @@ class Pool:
     def __init__(self, url: str) -> None:
         """`url` names scheme and host; raises `ValueError` for what is neither http nor https."""
         self._url: SplitResult = urlsplit(url)
-        if self._url.scheme not in ("http", "https") or not self._url.hostname:
+        self._host = self._url.hostname or ""
+        if self._url.scheme not in ("http", "https") or not self._host:
             raise ValueError(f"{url} is no http or https URL.")
         self._context = ssl.create_default_context() if self._url.scheme == "https" else None
         self._free: list[Connection] = []
@@ -75,7 +76,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         port = self._url.port or (443 if self._context else 80)
         _, connection = await loop.create_connection(
-            Connection, self._url.hostname, port, ssl=self._context
+            Connection, self._host, port, ssl=self._context
         )
         return connection
 

@@ -125,6 +125,10 @@ class Inbox:
             self._grows = True
             self._wake()
 
+    @property
+    def has_unread(self) -> bool:
+        return bool(self._unread)
+
     async def get(self) -> Output:
         """The next output, as soon as there is one."""
         while not self._unread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import msgspec
 from msgspec import UNSET
@@ -77,15 +78,14 @@ def split_prompts(prompt: str | list[str | int | list[int]] | None) -> list[str 
     """One text or list of ids, or a list of either, as a list of prompts."""
     if prompt is None or isinstance(prompt, str):
         return [prompt or ""]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [ids]
-    prompts = [item for item in prompt if not isinstance(item, int)]
-    if ids or len({type(item) for item in prompts}) > 1:
+    kinds = set(map(type, prompt))
+    if kinds <= {int}:
+        return [cast("list[int]", prompt)]
+    if len(kinds) > 1:
         raise bad_request(
             "prompt must be a text, a list of token ids, or a list of only one of these.", "prompt"
         )
-    return prompts
+    return cast("list[str | list[int]]", prompt)
 
 
 def _job(

@@ -47,7 +47,7 @@ def serve(
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """The fastest event loop that is installed; None for asyncio's own."""
     try:
-        import uvloop
+        import uvloop  # pyright: ignore[reportMissingImports]
     except ImportError:  # there is none for Windows
         return None
     return uvloop.new_event_loop
