@@ -13,7 +13,8 @@ import pytest
 
 from nitsum.engine.fake_client import FakeEngineClient
 from nitsum.events import PlanDecided
-from nitsum.messages import Buckets, Decision, Happening, Status, Tally
+from nitsum.messages import Decision, Status
+from nitsum.snapshot import Buckets, Happening, Tally
 from tests.server.server_kit import Bench, served
 
 TALLY = Tally(

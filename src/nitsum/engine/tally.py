@@ -27,10 +27,11 @@ from nitsum.events import (
     WaveProposed,
     WaveRolledBack,
 )
-from nitsum.messages import Buckets, Happening, Ready
-from nitsum.messages import Tally as TallyReport
+from nitsum.messages import Ready
 from nitsum.shape import Geometry, ModelShape
 from nitsum.shared import comm_layout
+from nitsum.snapshot import Buckets, Happening
+from nitsum.snapshot import Tally as TallyReport
 
 WINDOW_S = 10
 """A rank's busy share is that of the last seconds."""

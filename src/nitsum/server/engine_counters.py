@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from nitsum.messages import Buckets, Tally
+from nitsum.snapshot import Buckets, Tally
 
 
 class EngineCounters(Collector):

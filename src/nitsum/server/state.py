@@ -7,10 +7,11 @@ import time
 import msgspec
 
 from nitsum import __version__
-from nitsum.messages import Happening, LaneStatus, Status
+from nitsum.messages import LaneStatus, Status
 from nitsum.server.caller import now_s
 from nitsum.server.metrics import Metrics
 from nitsum.server.service import Service
+from nitsum.snapshot import Happening
 from nitsum.tier import Tier
 
 

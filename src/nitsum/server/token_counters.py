@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nitsum.messages import Buckets
 from nitsum.server.engine_counters import cumulative
+from nitsum.snapshot import Buckets
 
 
 class TokenCounters(Collector):
