@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_serve --out FOLDER [--requests 512] [--max-num-seqs 512]
 
 Starts the server as a user would, sends all requests at once (1,155 tokens in, 211 out, greedy,
-not streamed), then a few alone and streamed; prints and writes `serve.json`.
+streamed) with the client of `nitsum bench serve`, then a few alone; prints and writes `serve.json`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import re
 import signal
 import statistics
@@ -21,13 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.gpu_probe import SHAPE
 from nitsum.bench.provenance import summary
+from nitsum.bench.serve import find_endpoint, run_load
+from nitsum.metrics.records import RequestRecord
+from nitsum.server.run import loop_factory
+from nitsum.workload.items import Segment, WorkItem
 
 NUM_PROMPT, NUM_ANSWER = 1155, 211
 
@@ -46,7 +47,8 @@ def main() -> None:
         url = wait_for_url(args.out / "serve.log", server)
         figures = {"serve_start_s": time.monotonic() - started_s}
         print(f"{url} after {figures['serve_start_s']:.1f} s", flush=True)
-        figures |= asyncio.run(load(url, args.requests))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            figures |= runner.run(load(url, args.requests))
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
@@ -90,45 +92,38 @@ def wait_for_url(log: Path, server: subprocess.Popen[bytes]) -> str:
 
 
 async def load(url: str, num_requests: int) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        await asyncio.gather(*(complete(client, i) for i in range(8)))  # warm-up
-        started_s = time.monotonic()
-        counts = await asyncio.gather(*(complete(client, 100 + i) for i in range(num_requests)))
-        took_s = time.monotonic() - started_s
-        alone = [await stream(client, 9000 + i) for i in range(5)]
-    assert set(counts) == {NUM_ANSWER}, sorted(set(counts))
+    endpoint, _ = await find_endpoint(url)
+
+    async def send(name: str, count: int) -> list[RequestRecord]:
+        outcome = await run_load(endpoint, items(name, count), vocab_size=100_000)
+        assert outcome.state.num_tokens == count * NUM_ANSWER, outcome.state
+        return list(outcome.recorder.requests.values())
+
+    await send("warm-up", 8)
+    started_s = time.monotonic()
+    many = await send("load", num_requests)
+    took_s = time.monotonic() - started_s
+    alone = [record for i in range(5) for record in await send(f"alone{i}", 1)]
     return {
         "saturation_output_tokens_per_s_tp1": num_requests * NUM_ANSWER / took_s,
         "saturation_requests_per_s_tp1": num_requests / took_s,
-        "lone_ttft_ms_p50": 1e3 * statistics.median(first for first, _ in alone),
-        "lone_tpot_ms_p50": 1e3 * statistics.median(gap for _, gap in alone),
+        "saturation_longest_gap_ms_p50": 1e3 * statistics.median(map(longest_gap_s, many)),
+        "lone_ttft_ms_p50": 1e3 * statistics.median(record.ttft_s or 0.0 for record in alone),
+        "lone_tpot_ms_p50": 1e3 * statistics.median(record.tpot_s or 0.0 for record in alone),
     }
 
 
-def body(number: int) -> dict[str, Any]:
-    draw = random.Random(number)
-    prompt = [draw.randrange(1000, 100000) for _ in range(NUM_PROMPT)]
-    fixed = {"model": "shape", "max_tokens": NUM_ANSWER, "temperature": 0, "ignore_eos": True}
-    return {**fixed, "prompt": prompt}
+def longest_gap_s(record: RequestRecord) -> float:
+    return record.longest_gap_s or 0.0
 
 
-async def complete(client: httpx.AsyncClient, number: int) -> int:
-    answer = await client.post("/v1/completions", json=body(number))
-    assert answer.status_code == 200, answer.text[:500]
-    return answer.json()["usage"]["completion_tokens"]
-
-
-async def stream(client: httpx.AsyncClient, number: int) -> tuple[float, float]:
-    """(time to the first token, mean gap after it) of a request that has the engine to itself."""
-    times: list[float] = []
-    started_s = time.monotonic()
-    request = {**body(number), "stream": True}
-    async with client.stream("POST", "/v1/completions", json=request) as answer:
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                times.append(time.monotonic())  # noqa: PERF401 - one at a time, as they come
-    return times[0] - started_s, (times[-1] - times[0]) / (NUM_ANSWER - 1)
+def items(name: str, count: int) -> list[WorkItem]:
+    """All at once."""
+    names = [f"{name}.{i}" for i in range(count)]
+    return [
+        WorkItem(name, 0.0, NUM_ANSWER, "default", "", (Segment(name, NUM_PROMPT),))
+        for name in names
+    ]
 
 
 if __name__ == "__main__":
