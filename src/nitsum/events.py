@@ -164,6 +164,8 @@ class SwitchEnded(Event, frozen=True, kw_only=True):
     duration_s: float
     bytes_moved: int
     num_left_behind: int
+    longest_turn_s: float = 0.0
+    """Of the engine, while the switch was under way."""
 
 
 class Evicted(Event, frozen=True, kw_only=True):

@@ -166,6 +166,8 @@ class SwitchReport(msgspec.Struct, tag=True, frozen=True):
     waves: list[WaveReport] = []
     num_left_behind: int = 0
     """Requests that could not be moved and finished where they were."""
+    longest_turn_s: float = 0.0
+    """The engine's longest turn while it was under way: work that kept it from sending steps."""
 
 
 class LaneStatus(msgspec.Struct, frozen=True):

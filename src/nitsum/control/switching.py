@@ -1,14 +1,28 @@
-"""From one plan to another: lanes come and go, requests follow in waves, nobody else notices."""
+"""From one plan to another: lanes come and go, requests follow in waves, nobody else notices.
+
+Every turn does a bounded piece of work, counted in blocks, so that steps never wait for it:
+
+    fill      the old lanes go on and take new work, while a wave reserves and pre-copies their KV
+    open      all that fits is there: new lanes open, old ones drain, requests cut over together
+    release   sources are let go; what did not fit follows in further waves
+    follow    cached prefixes come after, as far as free units allow
+    close     emptied lanes go, with what is left of their cache
+
+New work stays with the old lanes until the cut-over, although it has to move then: in a new lane it
+would take turns with them on the same ranks, and every stream would feel both lanes' steps in each
+of its gaps for as long as the fill lasts. Only where nothing fits do new lanes open before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import structs
 
-from nitsum.control.migration import Lanes, Wave
+from nitsum.control.courier import Courier
+from nitsum.control.migration import Lanes, SequenceMove, Wave
 from nitsum.errors import SwitchRefused
 from nitsum.events import (
     AnyEvent,
@@ -18,6 +32,7 @@ from nitsum.events import (
     WaveProposed,
     WaveRolledBack,
 )
+from nitsum.kv.transfer import Transfer, free_copies, stays_home
 from nitsum.messages import SwitchReport, WaveReport
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
@@ -51,9 +66,60 @@ class LaneTable(Lanes, Protocol):
     def level(self, sequence: Sequence) -> int: ...
 
     @property
+    def is_idle(self) -> bool:
+        """No step is under way, or to be sent, that a long turn could delay."""
+        ...
+
+    @property
     def num_departures(self) -> int:
         """Grows whenever a request ends or gives up its KV: a failed proposal may work now."""
         ...
+
+
+FILL_BLOCKS = 96
+"""Blocks reserved and sent a turn: about 0.3 ms of Python."""
+RELEASE_BLOCKS = 192
+"""Sources let go, or cached blocks dropped, a turn: about as long."""
+IDLE_FACTOR = 32
+"""How many times more a turn may do while there is nothing to step."""
+PATIENCE_TURNS = 32
+"""Turns that a filled wave waits, at most, for prompts under way to become part of it cheaply."""
+HOME_REQUESTS = 2
+"""Requests like it by which a lane may be ahead of the idlest and be chosen all the same, because
+the request's pages can grow in place there."""
+TAIL_BLOCKS = 2
+"""Blocks a request may have left to copy at the cut-over: one being written, one just full."""
+
+
+@dataclass
+class _Filling:
+    """A wave being put together."""
+
+    wave: Wave
+    number: int
+    waiting: deque[Sequence]
+    """Requests not looked at yet."""
+    num_tried: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
+    """Destinations that had no room for a request after all."""
+    refused: set[Sequence] = field(default_factory=set[Sequence])
+    """Those that fit nowhere in this wave."""
+    num_turns_full: int = 0
+    """Turns since everything was reserved for the first time."""
+    is_closing: bool = False
+    """Nothing more is pre-copied: cut over when all that is under way has arrived."""
+
+
+@dataclass
+class _Following:
+    """Cached prefixes that come after the requests."""
+
+    number: int
+    """It counts as a wave."""
+    started_s: float
+    bytes_before: int
+    num_blocks: int = 0
+    units_in_place: int = 0
+    is_over: bool = False
 
 
 @dataclass
@@ -70,9 +136,16 @@ class Switch:
     """Requests that could not be moved when it was tried last."""
     also_asked: list[str] = field(default_factory=list[str])
     """Operations that asked for the same plan meanwhile; each gets the report too."""
+    is_open: bool = False
+    """New lanes take new work, old ones drain."""
+    filling: _Filling | None = None
     wave: Wave | None = None
+    """Cut over, and not acknowledged by all."""
+    following: _Following | None = None
+    """Cached prefixes on their way; stays when it is over."""
     failed_at: int = -1
     """`num_departures` when nothing could be proposed; no new try before it grows."""
+    longest_turn_s: float = 0.0
 
 
 class Switcher:
@@ -83,18 +156,16 @@ class Switcher:
         lanes: LaneTable,
         initial: Plan,
         *,
-        units_per_message: int = 256,
-        max_wave_requests: int = 32,
-        max_wave_blocks: int = 256,
+        units_under_way: int = 256,
+        fill_blocks: int = FILL_BLOCKS,
     ) -> None:
         self.lanes = lanes
         self.plan = initial
-        """The plan in force; during a switch already the new one."""
+        """The plan in force: a switch's new one from the moment its lanes open."""
         self.current: Switch | None = None
         self.epoch = 0
-        self.units_per_message = units_per_message
-        self.max_wave_requests = max_wave_requests
-        self.max_wave_blocks = max_wave_blocks
+        self.fill_blocks = fill_blocks
+        self.courier = Courier(lanes, units_under_way)
         self._wave_id = 0
 
     def start(self, op_id: str, target: Plan, reason: str = "asked for") -> SwitchReport | None:
@@ -119,7 +190,6 @@ class Switcher:
                 at_s=now, op_id=op_id, from_plan=self.plan.name, to_plan=target.name, reason=reason
             )
         )
-        self._open(self.current)
         return None
 
     def advance(self) -> list[SwitchReport]:
@@ -127,48 +197,57 @@ class Switcher:
         switch = self.current
         if switch is None:
             return []
-        if switch.wave is not None:
-            if not switch.wave.advance():
-                return []
+        self.courier.let_go(self._portion(RELEASE_BLOCKS))
+        if switch.wave is not None and switch.wave.is_done:
             self._record(switch, switch.wave)
             switch.wave = None
-        switch.wave = self._propose(switch)
-        if switch.wave is not None:
-            switch.wave.advance()  # its first messages leave in this turn
-            return []
-        if not self._close_drained(switch):
-            return []
-        return self._end(switch, ok=True, message="")
+        if switch.filling is not None:
+            self._fill(switch, switch.filling)
+        elif switch.wave is None and self._is_over(switch):
+            return self._end(switch, ok=True, message="")
+        return []
+
+    def _is_over(self, switch: Switch) -> bool:
+        """Begin the next wave when the last one's sources are gone; True if nothing is left."""
+        if not self.courier.is_leaving and self._propose(switch):
+            return False
+        return not self._follow(switch) and self._close_drained(switch)
 
     def acknowledge(self, move_id: int, num_bytes: int) -> None:
-        if self.current is not None and self.current.wave is not None:
-            self.current.wave.acknowledge(move_id, num_bytes)
+        self.courier.acknowledge(move_id, num_bytes)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended or gave up its KV."""
-        if self.current is not None and self.current.wave is not None:
-            self.current.wave.drop(sequence)
+        if self.current is not None and self.current.filling is not None:
+            self.current.filling.wave.drop(sequence)
+
+    def note_turn(self, seconds: float) -> None:
+        """How long a turn of the engine took."""
+        if self.current is not None:
+            self.current.longest_turn_s = max(self.current.longest_turn_s, seconds)
 
     def cancel_wave(self, reason: str) -> None:
-        """Roll the wave under way back, as far as it is not cut over; the switch will try again."""
+        """Roll the wave under way back, if it is not cut over; the switch will try again."""
         switch = self.current
-        if switch is None or switch.wave is None:
+        if switch is None or switch.filling is None:
             return
-        dropped = switch.wave.cancel()
-        if dropped:
-            self.lanes.emit(
-                WaveRolledBack(
-                    at_s=self.lanes.now(),
-                    op_id=switch.op_id,
-                    wave=self._wave_id,
-                    request_ids=dropped,
-                    reason=reason,
-                )
+        filling, switch.filling = switch.filling, None
+        self.lanes.emit(
+            WaveRolledBack(
+                at_s=self.lanes.now(),
+                op_id=switch.op_id,
+                wave=filling.number,
+                request_ids=filling.wave.cancel(),
+                reason=reason,
             )
+        )
 
     def abandon(self, message: str) -> list[SwitchReport]:
         """The workers are gone, and with them all KV: the new plan is in force at once."""
-        return [] if self.current is None else self._end(self.current, ok=True, message=message)
+        if self.current is None:
+            return []
+        self.plan = self.current.dst
+        return self._end(self.current, ok=True, message=message)
 
     @property
     def draining(self) -> list[Group]:
@@ -176,122 +255,269 @@ class Switcher:
         switch = self.current
         return [] if switch is None else _only_in(switch.src, switch.dst)
 
-    # -- inside --
+    # -- lanes --
 
     def _open(self, switch: Switch) -> None:
+        if switch.is_open:
+            return
+        switch.is_open = True
         self.epoch += 1
         self.plan = switch.dst
         for lane in switch.dst.lanes:
             self.lanes.open_lane(lane)
-        for group in _only_in(switch.src, switch.dst):
+        for group in self.draining:
             self.lanes.drain_lane(group)
 
-    def _propose(self, switch: Switch) -> Wave | None:
-        started_s = self.lanes.now()
-        groups = _only_in(switch.src, switch.dst)
-        waiting = [sequence for group in groups for sequence in self.lanes.sequences_on(group)]
-        if waiting and switch.failed_at == self.lanes.num_departures:
-            return None
-        wave = Wave(self.lanes, self.units_per_message)
-        if waiting:
-            self._add_sequences(switch, wave, waiting)
-            if wave.is_empty:
-                switch.failed_at = self.lanes.num_departures
-                return None
-        else:
-            self._add_cached(switch, wave, groups)
-        if wave.is_empty:
-            return None
+    def _close_drained(self, switch: Switch) -> bool:
+        """Remove emptied lanes; True when none is left."""
+        done = [self._close(group) for group in self.draining]
+        return all(done) and not self.courier.is_leaving
+
+    def _close(self, group: Group) -> bool:
+        if self.lanes.sequences_on(group) or not self.lanes.close_lane(group):
+            return False
+        return self.lanes.kv.evict_group(group, self._portion(RELEASE_BLOCKS))
+
+    def _sequences(self) -> list[Sequence]:
+        """Those that have KV in lanes that are to be emptied."""
+        return [s for group in self.draining for s in self.lanes.sequences_on(group)]
+
+    def _portion(self, num_blocks: int) -> int:
+        return num_blocks * IDLE_FACTOR if self.lanes.is_idle else num_blocks
+
+    # -- a wave --
+
+    def _propose(self, switch: Switch) -> bool:
+        """Begin a wave; False if there is nothing to move, or nothing that could be moved now."""
+        waiting = self._sequences()
+        if not waiting:
+            self._open(switch)
+            return False
+        if switch.failed_at == self.lanes.num_departures:
+            return False
         self._wave_id += 1
-        wave.times.propose_s = self.lanes.now() - started_s
-        self._emit_proposed(switch, wave)
-        return wave
+        wave = Wave(self.lanes, self.courier, keep_sources=False)
+        switch.filling = _Filling(wave, self._wave_id, deque(waiting))
+        kv = self.lanes.kv
+        num_blocks = sum(len(kv.tables[s.request_id].blocks) for s in waiting)
+        ids = [sequence.request_id for sequence in waiting]
+        self._emit_proposed(switch, ids, num_blocks * kv.arena.units_per_block)
+        self._fill(switch, switch.filling)
+        return True
 
-    def _add_sequences(self, switch: Switch, wave: Wave, waiting: list[Sequence]) -> None:
-        load = {lane.group: self.lanes.load(lane.group) for lane in switch.dst.lanes}
-        for sequence in waiting:
-            if len(wave.moves) == self.max_wave_requests:
+    def _fill(self, switch: Switch, filling: _Filling) -> None:
+        """One portion of reserving and pre-copying; cut over when it is time."""
+        wave = filling.wave
+        if not filling.is_closing:
+            is_full = self._fill_portion(switch, filling)
+            wave.flush()
+            if is_full:
+                filling.num_turns_full += 1
+                wave.times.filled_s = wave.times.filled_s or self.lanes.now()
+                filling.is_closing = self._is_worth_closing(filling)
+        if filling.is_closing and self.courier.is_quiet:
+            self._cut_over(switch, filling)
+
+    def _fill_portion(self, switch: Switch, filling: _Filling) -> bool:
+        """True when all that fits is reserved, and on its way as far as it is final."""
+        wave, left = filling.wave, self._portion(self.fill_blocks)
+        for move in list(wave.moves.values()):
+            left -= self._reserve(switch, filling, move, left)
+        most = len(switch.dst.lanes)  # destinations can take copies side by side
+        while left > 0 and sum(not wave.is_filled(m) for m in wave.moves.values()) < most:
+            move = self._add_next(switch, filling)
+            if move is None:
                 break
-            for dst in self._destinations(switch.dst, sequence, load):
-                if wave.add_sequence(sequence, dst, self.lanes.level(sequence)):
-                    load[dst] += sequence.num_total
-                    switch.stuck.discard(sequence.request_id)
-                    break
-            else:
-                switch.stuck.add(sequence.request_id)
+            left -= self._reserve(switch, filling, move, left)
+        return not filling.waiting and all(map(wave.is_filled, wave.moves.values()))
 
-    def _destinations(
-        self, plan: Plan, sequence: Sequence, load: dict[Group, int]
-    ) -> Iterable[Group]:
-        """Lanes of the new plan by preference: they serve its tier, are idle, and are near."""
+    def _reserve(
+        self, switch: Switch, filling: _Filling, move: SequenceMove, num_blocks: int
+    ) -> int:
+        count = filling.wave.fill(move, num_blocks)
+        if count is not None:
+            return count
+        sequence = move.sequence
+        filling.wave.drop(sequence)
+        filling.num_tried[sequence] = filling.num_tried.get(sequence, 0) + 1
+        filling.waiting.appendleft(sequence)
+        return 1  # so that a turn ends
+
+    def _add_next(self, switch: Switch, filling: _Filling) -> SequenceMove | None:
+        """The next request that is likely to fit becomes part of the wave."""
+        wave, waiting = filling.wave, filling.waiting
+        if not waiting:
+            waiting.extend(
+                sequence
+                for sequence in self._sequences()
+                if sequence.request_id not in wave.moves and sequence not in filling.refused
+            )
+        while waiting:
+            sequence = waiting.popleft()
+            if sequence.request_id not in self.lanes.kv.tables or sequence.is_finished:
+                continue  # it ended, or gave up its KV, meanwhile
+            first = filling.num_tried.get(sequence, 0)
+            for dst in self._destinations(switch.dst, sequence, wave)[first:]:
+                if not wave.fits(sequence, dst, len(waiting)):
+                    continue
+                if (move := wave.add(sequence, dst)) is not None:
+                    switch.stuck.discard(sequence.request_id)
+                    return move
+            filling.refused.add(sequence)
+            switch.stuck.add(sequence.request_id)
+        return None
+
+    def _destinations(self, plan: Plan, sequence: Sequence, wave: Wave) -> list[Group]:
+        """Lanes of the new plan by preference: they serve its tier, are idle, and are near. Lanes
+        about as idle as the idlest are equal if its KV can stay where it is."""
         src = sequence.group
         assert src is not None
+        load = {lane.group: self.lanes.load(lane.group) for lane in plan.lanes}
+        for move in wave.moves.values():
+            load[move.dst] += move.sequence.num_total
+
+        kv = self.lanes.kv
+        blocks = kv.tables[sequence.request_id].blocks
+        least = min(load[lane.group] / lane.degree for lane in plan.lanes)
+        most = least + HOME_REQUESTS * sequence.num_total
 
         def preference(lane: Lane) -> tuple[bool, bool, float, bool]:
+            load_of = load[lane.group] / lane.degree
+            is_home = load_of <= most and stays_home(kv, blocks, lane.group)
             return (
                 lane.role == "prefill" and not sequence.in_prefill,
                 not lane.serves(sequence.tier),
-                load[lane.group] / lane.degree,
-                not lane.group.overlaps(src),
+                least if is_home else load_of,
+                not (is_home or lane.group.overlaps(src)),
             )
 
         return [lane.group for lane in sorted(plan.lanes, key=preference)]
 
-    def _add_cached(self, switch: Switch, wave: Wave, groups: list[Group]) -> None:
-        """Cached prefixes follow, most recently used first, as far as free units allow."""
+    def _is_worth_closing(self, filling: _Filling) -> bool:
+        """Whether what would be left to copy is small, or has not become so for long."""
+        wave = filling.wave
+        num_left = sum(map(wave.num_left, wave.moves.values()))
+        return (
+            num_left <= TAIL_BLOCKS * (len(wave.moves) + 1)
+            or filling.num_turns_full >= PATIENCE_TURNS
+        )
+
+    def _cut_over(self, switch: Switch, filling: _Filling) -> None:
+        wave, switch.filling = filling.wave, None
+        self._add_late(switch, filling)
+        self._open(switch)
+        wave.cut_over()
+        switch.wave = wave
+        if not wave.totals.moved:
+            switch.failed_at = self.lanes.num_departures
+
+    def _add_late(self, switch: Switch, filling: _Filling) -> None:
+        """Take along who came since: left behind, a request would keep its old lane going."""
+        wave, left = filling.wave, self.fill_blocks
+        while left > 0 and (move := self._add_next(switch, filling)) is not None:
+            left -= wave.num_lacking(move)
+            if left < 0:
+                wave.drop(move.sequence)
+
+    # -- cached prefixes --
+
+    def _follow(self, switch: Switch) -> bool:
+        """Cached prefixes follow, the most valuable first, as far as free units allow; False when
+        that is over. Each turn sends a portion."""
+        if self._sequences():
+            return False
+        if switch.following is None:
+            switch.following = self._begin_following(switch)
+        following = switch.following
+        if following.is_over:
+            return False
+        sent = [self._follow_from(switch, following, src) for src in self.draining]
+        if any(sent) or not self.courier.is_quiet or self.courier.is_leaving:
+            return True
+        following.is_over = True
+        self._end_following(switch, following)
+        return False
+
+    def _begin_following(self, switch: Switch) -> _Following:
+        self._wave_id += 1
+        self._emit_proposed(switch, [], 0)
+        return _Following(self._wave_id, self.lanes.now(), self.courier.bytes_moved)
+
+    def _follow_from(self, switch: Switch, following: _Following, src: Group) -> bool:
         kv = self.lanes.kv
-        room = self.max_wave_blocks
-        for src in groups:
-            dst = next(lane.group for lane in switch.dst.lanes if lane.group.overlaps(src))
-            blocks = [
-                block
-                for block in reversed(kv.prefixes.idle(src))
-                if block.hash is not None and kv.prefixes.get(dst, block.hash) is None
-            ]
-            room -= wave.add_cached(src, dst, blocks[: max(0, room)])
+        dst = next(lane.group for lane in switch.dst.lanes if lane.group.overlaps(src))
+        room = self.courier.room(dst, kv.arena.page_units(dst))
+        count = min(room, self._portion(self.fill_blocks), free_copies(kv, src, dst))
+        known = kv.prefixes.in_layout(dst)
+        blocks = kv.prefixes.newest(src, count)
+        for block in blocks:
+            if block.hash in known:
+                kv.evict(block)
+        fresh = [block for block in blocks if block.hash is not None]
+        if fresh:
+            transfer = Transfer(kv, src, dst)
+            following.num_blocks += transfer.reserve(fresh)
+            self.courier.send_final(transfer.copy(len(transfer.blocks)))
+            transfer.settle()
+            transfer.share()
+            self.courier.leave(transfer, keep=False)
+            following.units_in_place += transfer.num_in_place
+        return bool(blocks)
 
-    def _close_drained(self, switch: Switch) -> bool:
-        """Remove emptied lanes; True when none is left."""
-        done = True
-        for group in _only_in(switch.src, switch.dst):
-            if self.lanes.sequences_on(group) or not self.lanes.close_lane(group):
-                done = False
-            else:
-                self.lanes.kv.evict_group(group)
-        return done
+    def _end_following(self, switch: Switch, following: _Following) -> None:
+        now, num_bytes = self.lanes.now(), self.courier.bytes_moved - following.bytes_before
+        switch.waves.append(
+            WaveReport(
+                num_requests=0,
+                num_cached_blocks=following.num_blocks,
+                bytes_moved=num_bytes,
+                units_in_place=following.units_in_place,
+                propose_s=0.0,
+                precopy_s=now - following.started_s,
+                cutover_s=0.0,
+            )
+        )
+        self._emit_committed(switch, following.number, [], num_bytes)
 
-    def _emit_proposed(self, switch: Switch, wave: Wave) -> None:
-        transfers = [move.transfer for move in wave.moves.values()] + wave.cached
+    # -- reports --
+
+    def _record(self, switch: Switch, wave: Wave) -> None:
+        wave.finish()
+        times, totals = wave.times, wave.totals
+        switch.waves.append(
+            WaveReport(
+                num_requests=len(totals.moved),
+                num_cached_blocks=0,
+                bytes_moved=totals.bytes_moved,
+                units_in_place=totals.units_in_place,
+                propose_s=times.filled_s - times.proposed_s,
+                precopy_s=times.cut_over_s - times.filled_s,
+                cutover_s=times.done_s - times.cut_over_s,
+            )
+        )
+        self._emit_committed(switch, self._wave_id, totals.moved, totals.bytes_moved)
+
+    def _emit_proposed(self, switch: Switch, request_ids: list[str], num_units: int) -> None:
         self.lanes.emit(
             WaveProposed(
                 at_s=self.lanes.now(),
                 op_id=switch.op_id,
                 wave=self._wave_id,
-                request_ids=list(wave.moves),
-                num_units=sum(len(transfer.unit_copies()) for transfer in transfers),
+                request_ids=request_ids,
+                num_units=num_units,
             )
         )
 
-    def _record(self, switch: Switch, wave: Wave) -> None:
-        times, totals = wave.times, wave.totals
-        switch.waves.append(
-            WaveReport(
-                num_requests=totals.num_requests,
-                num_cached_blocks=totals.num_cached_blocks,
-                bytes_moved=totals.bytes_moved,
-                units_in_place=totals.units_in_place,
-                propose_s=times.propose_s,
-                precopy_s=times.cut_over_s - times.proposed_s,
-                cutover_s=times.done_s - times.cut_over_s,
-            )
-        )
+    def _emit_committed(
+        self, switch: Switch, number: int, request_ids: list[str], bytes_moved: int
+    ) -> None:
         self.lanes.emit(
             WaveCommitted(
                 at_s=self.lanes.now(),
                 op_id=switch.op_id,
-                wave=self._wave_id,
-                request_ids=totals.moved,
-                bytes_moved=totals.bytes_moved,
+                wave=number,
+                request_ids=request_ids,
+                bytes_moved=bytes_moved,
             )
         )
 
@@ -307,6 +533,7 @@ class Switcher:
             duration_s=now - switch.started_s,
             waves=switch.waves,
             num_left_behind=len(switch.stuck),
+            longest_turn_s=switch.longest_turn_s,
         )
         self.lanes.emit(
             SwitchEnded(
@@ -319,6 +546,7 @@ class Switcher:
                 duration_s=report.duration_s,
                 bytes_moved=sum(wave.bytes_moved for wave in switch.waves),
                 num_left_behind=report.num_left_behind,
+                longest_turn_s=switch.longest_turn_s,
             )
         )
         others = [structs.replace(report, op_id=op_id) for op_id in switch.also_asked]

@@ -148,6 +148,7 @@ class Core:
 
     def turn(self) -> list[FromEngine]:
         """One turn; never waits. Returns what clients should hear."""
+        started_s = self.clock.now()
         try:
             self._collect(self.executor.poll(0.0))
             self._switch()
@@ -157,6 +158,7 @@ class Core:
             self._dispatch()
         except WorkerDied as death:
             self._restart(death)
+        self.generation.switcher.note_turn(self.clock.now() - started_s)
         if self.config.check_accounting:
             check(self.generation.kv)
         return self.outbox.take()

@@ -93,7 +93,7 @@ class Generation:
         self.step_ids = count(1)
         self.last_sent = 0
         """The newest step's number."""
-        self.switcher = Switcher(self, plan, units_per_message=config.precopy_units)
+        self.switcher = Switcher(self, plan, units_under_way=config.precopy_units)
         for lane in plan.lanes:
             self.open_lane(lane)
 
@@ -196,6 +196,12 @@ class Generation:
             sequence.slot = None
 
     # -- what waves and switches need --
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.in_flight and not any(
+            loop.scheduler.has_work for loop in self.loops.values()
+        )
 
     def now(self) -> float:
         return self.clock.now()

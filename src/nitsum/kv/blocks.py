@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from nitsum.plan import Group
 
@@ -51,3 +53,17 @@ class Table:
         """Leading blocks that the prefix index was told about."""
         self.num_sent = 0
         """Leading blocks whose pages the workers know; a relocation sets it back."""
+
+
+class Held(NamedTuple):
+    """References and pins of one block that belong to something under way, not to a table."""
+
+    block: Block
+    refs: int
+    pins: int
+
+
+class Holder(Protocol):
+    """What holds blocks while it is under way; the accounting asks it which."""
+
+    def held(self) -> Iterator[Held]: ...

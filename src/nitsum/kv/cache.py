@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from nitsum.kv.blocks import Block, Relocation, Table
+from nitsum.kv.blocks import Block, Holder, Relocation, Table
 from nitsum.kv.compact import compact
 from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
 from nitsum.kv.units import UnitPool
 from nitsum.plan import Group
 from nitsum.shape import units_per_page
+
+MOST_LOOKED_AT = 8192
+"""Cached blocks that one search for room looks at. The next one goes on where it ended."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,15 @@ class KvCache:
         self.parked: dict[str, ParkedTable] = {}
         """Tables of requests whose KV is in host memory."""
         self._evicted: dict[Group, int] = {}
-        self._held: dict[Block, int] = {}
+        self.holders: dict[Holder, None] = {}
+        """What holds blocks besides tables: transfers under way."""
+        self.owners: list[list[Block | None]] = [[None] * pool.num_units for pool in self.pools]
+        """By rank and first unit of a page: the block that was placed there last. It may be gone,
+        or moved, since: see `_idle_at`."""
         self._copies: list[Relocation | Save | Load] = []
+        self._num_useless: dict[tuple[int, int], int] = {}
+        """By rank and order: blocks at the head of the eviction order around which no page of that
+        size comes free, by the last search."""
 
     # -- a request's table --
 
@@ -85,7 +96,8 @@ class KvCache:
         if free is None:
             if self.free_blocks(table.group) < count:
                 return False
-            self._evict_for(table.group, count)
+            for rank in table.group.ranks:
+                self._make_room(rank, self.arena.page_order(table.group), count)
             free = self._alloc_free(table.group, count)
         if free is not None:
             table.blocks.extend(free)
@@ -115,14 +127,10 @@ class KvCache:
         table = self.tables.pop(request_id)
         self.drop(reversed(table.blocks))  # the end of a prefix is evicted before its start
 
-    def replace_table(self, request_id: str, group: Group, blocks: list[Block]) -> None:
-        """The request continues in another layout; references to `blocks` are handed in."""
-        old = self.tables[request_id]
-        table = Table(group, blocks)
-        while table.num_registered < len(blocks) and blocks[table.num_registered].hash is not None:
-            table.num_registered += 1
+    def replace_table(self, request_id: str, table: Table) -> None:
+        """The request continues on other blocks, whose references are handed in with the table;
+        those of the old one now belong to the caller."""
         self.tables[request_id] = table
-        self.drop(reversed(old.blocks))
 
     # -- host memory --
 
@@ -181,7 +189,34 @@ class KvCache:
                 self._release_pages(group, pages)
                 return None
             pages.append(start >> order)
-        return Block(group, pages)
+        block = Block(group, pages)
+        self.place([block])
+        return block
+
+    def alloc_pages(self, rank: int, order: int, count: int, *, compacts: bool) -> list[int]:
+        """Starts of `count` pages of `2**order` units: free, else evicted, else, if `compacts`,
+        made by moving, which takes long. Fewer, if there is no room for as many."""
+        pool = self.pools[rank]
+        if pool.num_pages(order) < count:
+            self._make_room(rank, order, count)
+        starts = pool.alloc_many(order, min(count, pool.num_pages(order))) or []
+        while compacts and len(starts) < count:
+            start = self.alloc_units(rank, order)
+            if start is None:
+                break
+            starts.append(start)
+        return starts
+
+    def place(self, blocks: Sequence[Block]) -> None:
+        """Remember where new blocks of one layout lie."""
+        if not blocks:
+            return
+        group = blocks[0].group
+        order = self.arena.page_order(group)
+        for place, rank in enumerate(group.ranks):
+            owners = self.owners[rank]
+            for block in blocks:
+                owners[block.pages[place] << order] = block
 
     def _alloc_free(self, group: Group, count: int) -> list[Block] | None:
         """Fresh blocks out of units that are free as it is; None, and no change, if too few."""
@@ -195,36 +230,91 @@ class KvCache:
                         self.pools[done].release(page << order, 1 << order)
                 return None
             columns.append([start >> order for start in starts])
-        return [Block(group, list(pages)) for pages in zip(*columns, strict=True)]
+        blocks = [Block(group, list(pages)) for pages in zip(*columns, strict=True)]
+        self.place(blocks)
+        return blocks
 
-    def _evict_for(self, group: Group, count: int) -> None:
-        """Evict until `count` blocks may fit, as far as whole pages come free by it."""
-        order = self.arena.page_order(group)
-        for rank in group.ranks:
-            pool = self.pools[rank]
-            while pool.num_free < count << order:
-                victim = self.prefixes.victim(rank)
-                if victim is None or self.arena.page_order(victim.group) < order:
-                    break
-                self.evict(victim)
+    def _make_room(self, rank: int, order: int, count: int) -> None:
+        """Evict until `count` pages of `2**order` units are free, the least valuable first.
+
+        A block whose page is smaller goes only if the page around it comes free, together with
+        what else lies idle there. Looks at a bounded number of blocks.
+        """
+        lacking = count - self.pools[rank].num_pages(order)
+        num_useless = self._num_useless.get((rank, order), 0)
+        blocks = islice(self.prefixes.in_eviction_order(rank), num_useless, None)
+        chosen: dict[Block, None] = {}
+        for block in islice(blocks, MOST_LOOKED_AT):
+            if lacking <= 0:
+                break
+            if block in chosen:
+                continue
+            around = self._idle_around(rank, block, order)
+            if around is None:
+                num_useless += 1
+            else:
+                chosen.update(dict.fromkeys(around))
+                lacking -= max(1, 1 << self.arena.page_order(block.group) >> order)
+        self._num_useless[rank, order] = 0 if lacking > 0 else num_useless
+        for block in chosen:
+            self.evict(block)
+
+    def _idle_around(self, rank: int, block: Block, order: int) -> list[Block] | None:
+        """What to evict, `block` included, so that a page of `2**order` units is free there."""
+        block_order = self.arena.page_order(block.group)
+        start = block.pages[rank - block.group.leader] << block_order
+        first = start >> order << order
+        return self._idle_in(rank, first, first + (1 << max(order, block_order)))
+
+    def free_around(self, rank: int, first: int, last: int) -> bool:
+        """Make units `first..last` free by evicting what is idle there; False, and nothing changed,
+        if any is in use or kept for somebody."""
+        blocks = self._idle_in(rank, first, last)
+        if blocks is None or any(map(self.prefixes.is_kept, blocks)):
+            return False
+        for block in blocks:
+            self.evict(block)
+        return True
+
+    def _idle_in(self, rank: int, first: int, last: int) -> list[Block] | None:
+        """The unreferenced blocks in a range of units; None if anything else is in it."""
+        refs, owners = self.pools[rank].refs, self.owners[rank]
+        found: list[Block] = []
+        unit = first
+        while unit < last:
+            if not refs[unit]:
+                unit += 1
+                continue
+            block = owners[unit]
+            if block is None or block.refs or block.hash is None:
+                return None
+            width = self.arena.page_units(block.group)
+            end = unit + width
+            if block.pages[rank - block.group.leader] * width != unit or end > last:
+                return None  # moved since, or larger than the range
+            if max(refs[unit:end]) > 1:
+                return None
+            found.append(block)
+            unit = end
+        return found
 
     def alloc_units(self, rank: int, order: int) -> int | None:
         """The start of `2**order` units on one rank: free, else evicted, else made by moving."""
         pool = self.pools[rank]
-        while True:
+        start = pool.alloc(order)
+        if start is None:
+            self._make_room(rank, order, 1)
             start = pool.alloc(order)
-            if start is not None:
-                return start
-            victim = self.prefixes.victim(rank)
-            if victim is None or self.arena.page_order(victim.group) < order:
-                start = self._compact(rank, order)
-                if start is not None:
-                    return start
-                # Small cached pages were no help; a large one, used later than they, may be.
-                victim = self.prefixes.victim(rank, self.arena.units_per_block >> order)
-                if victim is None:
-                    return None
+        if start is None:
+            start = self._compact(rank, order)
+        # A large page far down the order may be the last help.
+        while start is None:
+            victim = self.prefixes.victim(rank, self.arena.units_per_block >> order)
+            if victim is None:
+                return None
             self.evict(victim)
+            start = pool.alloc(order)
+        return start
 
     def retain(self, block: Block, level: int | None = None) -> None:
         """One more user of a block, cached or in use."""
@@ -247,26 +337,23 @@ class KvCache:
             else:
                 self._release_pages(block.group, block.pages)
 
-    def hold(self, block: Block) -> None:
-        """Keep a block, and keep it in place, while peers read it; see `unhold`."""
-        self.retain(block)
-        self.track(block)
+    def let_go(self, blocks: Iterable[Block], num_refs: int, *, keep: bool) -> None:
+        """Nobody reads these blocks any more: unpin them, and drop `num_refs` references each.
 
-    def unhold(self, block: Block) -> None:
-        self.untrack(block)
-        self.drop([block])
-
-    def track(self, block: Block) -> None:
-        """One of the block's references belongs to a transfer, and pins it to its place."""
-        block.pins += 1
-        self._held[block] = self._held.get(block, 0) + 1
-
-    def untrack(self, block: Block) -> None:
-        """That reference now belongs to a table, or is about to be dropped."""
-        block.pins -= 1
-        self._held[block] -= 1
-        if not self._held[block]:
-            del self._held[block]
+        Blocks without users stay cached if `keep` says so and they are hashed, else are freed.
+        """
+        self._num_useless.clear()
+        for block in blocks:
+            block.pins -= 1
+            block.refs -= num_refs
+            if block.refs:
+                continue
+            if block.hash is not None:
+                if keep:
+                    self.prefixes.park(block)
+                    continue
+                self.prefixes.unlist(block)
+            self._release_pages(block.group, block.pages)
 
     def evict(self, block: Block) -> None:
         """Free a cached, unreferenced block."""
@@ -276,12 +363,13 @@ class KvCache:
         self._release_pages(block.group, block.pages)
         self._evicted[block.group] = self._evicted.get(block.group, 0) + 1
 
-    def evict_group(self, group: Group) -> int:
-        """Drop every unreferenced block in a layout that no lane uses any more."""
-        blocks = self.prefixes.idle(group)
+    def evict_group(self, group: Group, count: int) -> bool:
+        """Drop up to `count` unreferenced blocks of a layout that no lane uses any more; whether
+        that were all."""
+        blocks = self.prefixes.newest(group, count)
         for block in blocks:
             self.evict(block)
-        return len(blocks)
+        return len(blocks) < count
 
     # -- what the engine must send --
 
@@ -318,13 +406,11 @@ class KvCache:
     def blocks(self) -> set[Block]:
         """Every block there is."""
         found = set(self.prefixes.all_blocks())
-        found.update(self._held)
+        for holder in self.holders:
+            found.update(held.block for held in holder.held())
         for table in self.tables.values():
             found.update(table.blocks)
         return found
-
-    def held(self, block: Block) -> int:
-        return self._held.get(block, 0)
 
     # -- inside --
 

@@ -19,15 +19,19 @@ def check(cache: KvCache) -> None:
 
 def _check_references(cache: KvCache, blocks: set[Block]) -> None:
     users = dict.fromkeys(blocks, 0)
+    pins = dict.fromkeys(blocks, 0)
     for table in cache.tables.values():
         for block in table.blocks:
             assert block.group == table.group, "a table holds a block of another layout"
             users[block] += 1
+    for holder in cache.holders:
+        for held in holder.held():
+            users[held.block] += held.refs
+            pins[held.block] += held.pins
     for block in blocks:
-        expected = users[block] + cache.held(block)
-        assert block.refs == expected, (
-            f"block {block.group} {block.pages}: {block.refs} references, {expected} users"
-        )
+        name = f"block {block.group} {block.pages}"
+        assert block.refs == users[block], f"{name}: {block.refs} refs, {users[block]} users"
+        assert block.pins == pins[block], f"{name}: {block.pins} pins, {pins[block]} readers"
         assert block.refs > 0 or block.hash is not None, "an unreferenced block without a hash"
 
 

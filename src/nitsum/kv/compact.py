@@ -156,6 +156,7 @@ def _move_out(cache: KvCache, rank: int, region: _Region, users: Users) -> list[
     # Each page takes over its target; its old units, still allocated, become the region's.
     for page, target in zip(region.pages, targets, strict=True):
         page.block.pages[page.place] = target >> page.order
+        cache.owners[rank][target] = page.block
         for table, index in users.get(page.block, ()):
             table.num_sent = min(table.num_sent, index)  # workers must hear of the new page
     return [

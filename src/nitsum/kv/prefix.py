@@ -10,6 +10,8 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import chain, islice
 
 from nitsum.kv.blocks import Block
 from nitsum.plan import Group
@@ -52,6 +54,10 @@ class PrefixIndex:
         blocks = self._by_hash.get(group)
         return blocks.get(block_hash) if blocks else None
 
+    def in_layout(self, group: Group) -> dict[int, Block]:
+        """The cached blocks of one layout by hash; not to be changed."""
+        return self._by_hash.get(group, {})
+
     def match(self, group: Group, hashes: Sequence[int]) -> int:
         """How many leading blocks are cached in this group's layout."""
         blocks = self._by_hash.get(group)
@@ -80,6 +86,12 @@ class PrefixIndex:
             del self._by_hash[block.group][block.hash]
             self.use(block)
             block.hash = None
+
+    def unlist(self, block: Block) -> None:
+        """Drop a block that has just lost its last reference: it is indexed, but not idle."""
+        assert block.hash is not None
+        del self._by_hash[block.group][block.hash]
+        block.hash = None
 
     def park(self, block: Block) -> None:
         """The last reference went away: keep it as the most recently used of its level."""
@@ -129,6 +141,26 @@ class PrefixIndex:
                         best, best_key = block, (-level, used)
         return best
 
+    def in_eviction_order(self, rank: int) -> Iterator[Block]:
+        """Unreferenced blocks with a page on `rank`, the next to go first. Not to be used after
+        any of them was evicted or used."""
+        levels: dict[int, list[OrderedDict[Block, int]]] = {}
+        for group, idle in self._idle.items():
+            if rank in group.ranks:
+                for level, blocks in idle.items():
+                    levels.setdefault(level, []).append(blocks)
+        for level in sorted(levels, reverse=True):
+            queues = [queue for queue in levels[level] if queue]
+            if len(queues) == 1:
+                yield from queues[0]
+            else:
+                aged = merge(*[queue.items() for queue in queues], key=lambda entry: entry[1])
+                yield from (block for block, _ in aged)
+
+    def is_kept(self, block: Block) -> bool:
+        """Somebody will come back for it."""
+        return block.hash in self._kept
+
     def idle(self, group: Group) -> list[Block]:
         """Unreferenced blocks of a group, most recently used last."""
         levels = self._idle.get(group, {})
@@ -136,6 +168,12 @@ class PrefixIndex:
             (used, i, b) for level in levels.values() for i, (b, used) in enumerate(level.items())
         ]
         return [block for _, _, block in sorted(aged, key=lambda entry: entry[0])]
+
+    def newest(self, group: Group, count: int) -> list[Block]:
+        """Up to `count` unreferenced blocks of a group, those that would be evicted last first."""
+        levels = self._idle.get(group, {})
+        valued = chain.from_iterable(reversed(levels[level]) for level in sorted(levels))
+        return list(islice(valued, count))
 
     def _level(self, block: Block) -> int:
         return KEPT if block.hash in self._kept else block.level

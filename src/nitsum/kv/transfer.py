@@ -1,175 +1,347 @@
-"""Copying a table into another lane's layout: which blocks, which units, what stays in place.
+"""Copying blocks into another lane's layout: which units go where, and what stays in place.
 
-A transfer reserves everything before a byte moves. Its destination blocks belong to it until it is
-handed over; its source blocks are held so that nobody moves or frees them while peers read.
+A transfer is two columns of blocks. They grow in portions, so that no turn of the engine is long:
+
+    sources   b0 b1 b2 b3 b4 b5     held: peers may read them, nobody may move or free them
+    blocks    c0 c1 c2 c3 c4 c5     reserved
+              settled |             copies sent: shared by the prefix index, and may be moved
+
+Handed over, `blocks` become the request's table, and its old table's references the transfer's.
+Sources are let go, in portions again, when every copy has been made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache as memoized
+from itertools import chain
+from typing import NamedTuple
 
-from nitsum.kv.blocks import Block
+from nitsum.kv.blocks import Block, Held, Table
 from nitsum.kv.cache import KvCache
 from nitsum.kv.moves import moves
 from nitsum.plan import Group
+from nitsum.shape import units_per_page
 
-UnitCopy = tuple[int, int, int, int]
-"""(src_rank, src_unit, dst_rank, dst_unit), units counted over the whole arena."""
+Copies = dict[tuple[int, int], tuple[list[int], list[int]]]
+"""(dst_rank, src_rank) -> (units to read, units to write), counted over the whole arenas."""
 
 
-class BlockCopy:
-    """One block on its way into another layout."""
-
-    __slots__ = ("dst", "num_in_place", "src", "unit_copies")
-
-    def __init__(self, src: Block, dst: Block, unit_copies: list[UnitCopy], num_in_place: int):
-        self.src = src
-        self.dst = dst
-        self.unit_copies = unit_copies
-        """Empty when the destination layout had the block already."""
-        self.num_in_place = num_in_place
+def join_copies(copies: Copies, more: Copies) -> None:
+    """Append `more` to `copies`."""
+    for ranks, (sources, places) in more.items():
+        known = copies.setdefault(ranks, ([], []))
+        known[0].extend(sources)
+        known[1].extend(places)
 
 
 class Transfer:
-    """Blocks being copied from one layout to another."""
+    """Blocks on their way from one layout to another."""
 
     def __init__(self, cache: KvCache, src: Group, dst: Group) -> None:
         self.cache = cache
         self.src = src
         self.dst = dst
-        self.copies: list[BlockCopy] = []
+        self.sources: list[Block] = []
+        self.blocks: list[Block] = []
+        """The destinations; empty once they have been handed over or rolled back."""
+        self.num_copied = 0
+        """Leading blocks whose copies were asked for."""
+        self.num_settled = 0
+        """Leading blocks whose copies have been sent."""
+        self.num_in_place = 0
+        """Units that stayed where they were."""
+        self._num_registered = 0
+        """Leading destination blocks that are in the prefix index."""
+        self._source_refs = 1
+        """References to each source that are the transfer's."""
+        cache.holders[self] = None
 
-    def extend(self, blocks: Sequence[Block], level: int = 0) -> bool:
-        """Reserve destinations for more blocks; False, and none of them, if there is no room."""
-        num_before = len(self.copies)
-        for block in blocks:
-            copy = self._reserve(block, level)
-            if copy is None:
-                self._undo(num_before)
-                return False
-            self.copies.append(copy)
-        return True
+    def held(self) -> Iterator[Held]:
+        for block in self.sources:
+            yield Held(block, self._source_refs, 1)
+        for index, block in enumerate(self.blocks):
+            yield Held(block, 1, int(index >= self.num_settled))
 
-    def hand_over(self) -> list[Block]:
-        """The destination blocks, whose references now belong to the caller.
+    # -- reserve --
 
-        Every copy must have been sent: from here on they may be relocated.
+    def reserve(self, sources: Sequence[Block], *, compacts: bool = True) -> int:
+        """Find destinations for more blocks, as far as there is room; for how many there was.
+
+        A block that the destination layout has already is used as it is. With `compacts`, pages
+        that are in the way are moved, which takes far longer than all else.
         """
-        for copy in self.copies:
-            self.cache.untrack(copy.dst)
-            if copy.src.hash is not None and copy.dst.hash is None:
-                copy.dst.level = copy.src.level
-                self.cache.prefixes.add(copy.dst, copy.src.hash)
-        return [copy.dst for copy in self.copies]
-
-    def roll_back(self) -> None:
-        """Give up the destination blocks; the source blocks stay held until `let_go`."""
-        for copy in self.copies:
-            self.cache.unhold(copy.dst)
-
-    def let_go(self) -> None:
-        """Every reader is done with the source blocks."""
-        for copy in self.copies:
-            self.cache.unhold(copy.src)
-        self.copies = []
-
-    def unit_copies(self, first: int = 0, last: int | None = None) -> list[UnitCopy]:
-        """What must be copied for blocks `first..last`."""
-        return [unit for copy in self.copies[first:last] for unit in copy.unit_copies]
-
-    # -- inside --
-
-    def _reserve(self, block: Block, level: int) -> BlockCopy | None:
         cache = self.cache
-        known = None
-        if block.hash is not None:
-            known = cache.prefixes.get(self.dst, block.hash)
-        if known is not None:
-            cache.retain(known, level)
-            return self._hold(BlockCopy(block, known, [], 0))
-        cache.hold(block)  # before allocating, which may compact
-        dst = self._alloc_dst(block)
-        cache.unhold(block)
-        if dst is None:
-            return None
-        copies = list(_unit_copies(cache, block, dst))
-        moving = [copy for copy in copies if copy[:2] != copy[2:]]
-        return self._hold(BlockCopy(block, dst, moving, len(copies) - len(moving)))
-
-    def _hold(self, copy: BlockCopy) -> BlockCopy:
-        self.cache.hold(copy.src)
-        self.cache.track(copy.dst)
-        return copy
-
-    def _alloc_dst(self, block: Block) -> Block | None:
-        """Pages in the destination layout, in place where the rank's own units allow it."""
-        cache, order = self.cache, self.cache.arena.page_order(self.dst)
-        pages: list[int] = []
-        for rank in self.dst.ranks:
-            start = self._in_place(block, rank)
-            if start is None:
-                start = cache.alloc_units(rank, order)
-            if start is None:
-                for done, page in zip(self.dst.ranks, pages, strict=False):
-                    cache.pools[done].release(page << order, 1 << order)
-                return None
-            pages.append(start >> order)
-        return Block(self.dst, pages)
-
-    def _in_place(self, block: Block, rank: int) -> int | None:
-        """Where the rank's destination page can lie over its source page; takes references."""
-        if rank not in block.group.ranks:
-            return None
-        arena, pool = self.cache.arena, self.cache.pools[rank]
-        src_count, dst_count = arena.page_units(self.src), arena.page_units(self.dst)
-        src_start = block.pages[rank - self.src.leader] * src_count
-        if dst_count > src_count:
-            return self._widen(block, rank, src_start, src_count, dst_count)
-        # Narrower or equal: the shard lies inside the old one, its units are a part of the page.
-        for move in moves(self.src, self.dst, arena.units_per_block):
-            if move.dst_rank == rank and move.dst_unit == 0:
-                pool.retain(src_start + move.src_unit, dst_count)
-                return src_start + move.src_unit
-        raise AssertionError("a destination rank without moves")
-
-    def _widen(
-        self, block: Block, rank: int, src_start: int, src_count: int, dst_count: int
-    ) -> int | None:
-        """The page that grows around its old units, if their place is right and the rest free."""
-        start = src_start // dst_count * dst_count
-        wanted = next(
-            move.dst_unit
-            for move in moves(self.src, self.dst, self.cache.arena.units_per_block)
-            if move.dst_rank == rank and move.src_rank == rank and move.src_unit == 0
+        for block in sources:  # before anything is allocated, which may evict or move
+            cache.retain(block)
+            block.pins += 1
+        known = cache.prefixes.in_layout(self.dst)
+        blocks = (
+            self._with_known(sources, known, compacts=compacts)
+            if known
+            else self._place(sources, compacts=compacts)
         )
-        if src_start - start != wanted:
+        for block in blocks:
+            block.pins += 1
+        count = len(blocks)
+        self.sources.extend(sources[:count])
+        self.blocks.extend(blocks)
+        cache.let_go(sources[count:], 1, keep=True)
+        return count
+
+    def _with_known(
+        self, sources: Sequence[Block], known: dict[int, Block], *, compacts: bool
+    ) -> list[Block]:
+        found = [None if b.hash is None else known.get(b.hash) for b in sources]
+        for block, copy in zip(sources, found, strict=True):
+            if copy is not None:
+                self.cache.retain(copy, block.level)
+        lacking = [block for block, copy in zip(sources, found, strict=True) if copy is None]
+        fresh = iter(self._place(lacking, compacts=compacts))
+        blocks: list[Block] = []
+        for copy in found:
+            block = copy or next(fresh, None)
+            if block is None:
+                break
+            blocks.append(block)
+        self.cache.drop(copy for copy in found[len(blocks) :] if copy is not None)
+        return blocks
+
+    def _place(self, sources: Sequence[Block], *, compacts: bool) -> list[Block]:
+        """Fresh blocks, in place where a rank's own units allow it, as far as there is room."""
+        if not sources:
+            return []
+        cache, order = self.cache, self.cache.arena.page_order(self.dst)
+        parts = _layout(self.src, self.dst, cache.arena.units_per_block).parts
+        columns: list[list[int]] = []
+        count = len(sources)
+        for part in parts:
+            columns.append(self._starts(part, sources[:count], compacts=compacts))
+            count = len(columns[-1])
+        for part, column in zip(parts, columns, strict=True):
+            for start in reversed(column[count:]):
+                cache.pools[part.rank].release(start, 1 << order)
+            del column[count:]
+        pages = zip(*[[start >> order for start in column] for column in columns], strict=True)
+        blocks = [Block(self.dst, list(page)) for page in pages]
+        cache.place(blocks)
+        return blocks
+
+    def _starts(self, part: _Part, sources: Sequence[Block], *, compacts: bool) -> list[int]:
+        """First units of the pages of one destination rank."""
+        order = part.dst_units.bit_length() - 1
+        if part.inside is not None:
+            starts = [b.pages[part.place] * part.src_units + part.inside for b in sources]
+            self.cache.pools[part.rank].retain_pages(starts, part.dst_units)
+            return starts
+        if part.grows_at is None:
+            return self.cache.alloc_pages(part.rank, order, len(sources), compacts=compacts)
+        grown = [self._widen(part, block, part.grows_at) for block in sources]
+        lacking = grown.count(None)
+        fresh = iter(self.cache.alloc_pages(part.rank, order, lacking, compacts=compacts))
+        starts: list[int] = []
+        for start in grown:
+            found = next(fresh, None) if start is None else start
+            if found is None:
+                break
+            starts.append(found)
+        for start in grown[len(starts) :]:
+            if start is not None:
+                self.cache.pools[part.rank].release(start, part.dst_units)
+        return starts
+
+    def _widen(self, part: _Part, block: Block, offset: int) -> int | None:
+        """The page that grows around its old units, if their place is right and the rest free."""
+        start = block.pages[part.place] * part.src_units
+        first = start - offset
+        if first & (part.dst_units - 1):
             return None
-        pool = self.cache.pools[rank]
-        others = [u for u in range(start, start + dst_count) if not 0 <= u - src_start < src_count]
-        if any(pool.refs[unit] for unit in others):
+        cache, pool = self.cache, self.cache.pools[part.rank]
+        end, last = start + part.src_units, first + part.dst_units
+        if not cache.free_around(part.rank, first, start):
             return None
-        for unit in others:
+        if not cache.free_around(part.rank, end, last):
+            return None
+        for unit in chain(range(first, start), range(end, last)):
             claimed = pool.claim(unit, 0)
             assert claimed
-        pool.retain(src_start, src_count)
-        return start
+        pool.retain(start, part.src_units)
+        return first
 
-    def _undo(self, num_before: int) -> None:
-        for copy in self.copies[num_before:]:
-            self.cache.unhold(copy.src)
-            self.cache.unhold(copy.dst)
-        del self.copies[num_before:]
+    # -- copy --
+
+    def copy(self, last: int) -> Copies:
+        """What must be copied for the blocks before `last` that was not asked for before."""
+        first, self.num_copied = self.num_copied, last
+        layout = _layout(self.src, self.dst, self.cache.arena.units_per_block)
+        pairs = [
+            (source.pages, block.pages)
+            for source, block in zip(self.sources[first:last], self.blocks[first:last], strict=True)
+            if block.hash is None  # else the layout has it already
+        ]
+        copies: Copies = {}
+        for route in layout.routes:
+            units = [s[route.src_place] * layout.src_units + route.src_unit for s, _ in pairs]
+            places = [d[route.dst_place] * layout.dst_units + route.dst_unit for _, d in pairs]
+            if route.src_rank == route.dst_rank:
+                moved = [(u, p) for u, p in zip(units, places, strict=True) if u != p]
+                self.num_in_place += len(pairs) - len(moved)
+                units, places = [u for u, _ in moved], [p for _, p in moved]
+            if units:
+                join_copies(copies, {(route.dst_rank, route.src_rank): (units, places)})
+        return copies
+
+    def settle(self) -> None:
+        """What was asked for has been sent: whoever uses these blocks from here on comes after
+        that on every rank."""
+        add = self.cache.prefixes.add
+        for index in range(self.num_settled, self.num_copied):
+            source, block = self.sources[index], self.blocks[index]
+            block.pins -= 1
+            if block.hash is None:
+                if source.hash is None:
+                    continue
+                block.level = source.level
+                if not add(block, source.hash):
+                    continue
+            if self._num_registered == index:
+                self._num_registered = index + 1
+        self.num_settled = self.num_copied
+
+    # -- end --
+
+    def hand_over(self, request_id: str) -> None:
+        """The request, whose table the sources are, continues on the destination blocks.
+
+        Those that no copy was asked for hold nothing yet. All copies must have been sent.
+        """
+        assert len(self.blocks) == len(self.cache.tables[request_id].blocks), "blocks are missing"
+        self.num_copied = len(self.blocks)
+        self.settle()
+        table = Table(self.dst, self.blocks)
+        table.num_registered = self._num_registered
+        self.cache.replace_table(request_id, table)
+        self.blocks = []
+        self._source_refs = 2
+
+    def share(self) -> None:
+        """Leave the destination blocks, all settled, to the prefix cache."""
+        assert self.num_settled == len(self.blocks), "not all blocks are settled"
+        self._drop_blocks()
+
+    def roll_back(self) -> None:
+        """Give up the destination blocks; the sources stay held until they are let go."""
+        for block in self.blocks[self.num_settled :]:
+            block.pins -= 1
+        self._drop_blocks()
+
+    def let_go(self, count: int, *, keep: bool = True) -> int:
+        """No copy reads the sources any more: give up as many of them, the last first; how many.
+
+        With `keep`, those that nobody uses stay cached in their layout.
+        """
+        portion = self.sources[-count:]
+        del self.sources[-count:]
+        self.cache.let_go(reversed(portion), self._source_refs, keep=keep)
+        if not self.sources:
+            self.cache.holders.pop(self, None)
+        return len(portion)
+
+    def _drop_blocks(self) -> None:
+        blocks, self.blocks = self.blocks, []
+        self.cache.drop(reversed(blocks))
 
 
-def _unit_copies(cache: KvCache, src: Block, dst: Block) -> list[UnitCopy]:
-    src_count = cache.arena.page_units(src.group)
-    dst_count = cache.arena.page_units(dst.group)
-    return [
-        (
+def copy_needs(cache: KvCache, src: Group, dst: Group) -> list[tuple[int, int]]:
+    """(rank, units of its free memory) that a block on its way may need; 0 where it stays."""
+    layout = _layout(src, dst, cache.arena.units_per_block)
+    return [(p.rank, 0 if p.inside is not None else p.dst_units) for p in layout.parts]
+
+
+def free_copies(cache: KvCache, src: Group, dst: Group) -> int:
+    """Blocks for which there is free memory as it is."""
+    order = cache.arena.page_order(dst)
+    needs = copy_needs(cache, src, dst)
+    free = [cache.pools[rank].num_pages(order) for rank, units in needs if units]
+    return min(free, default=cache.arena.num_units)
+
+
+def stays_home(cache: KvCache, blocks: Sequence[Block], dst: Group) -> bool:
+    """Whether pages of `dst` could grow around the blocks, judged by the first few of them."""
+    if not blocks:
+        return True
+    parts = _layout(blocks[0].group, dst, cache.arena.units_per_block).parts
+    return all(
+        part.grows_at is not None
+        and (block.pages[part.place] * part.src_units - part.grows_at) % part.dst_units == 0
+        for part in parts
+        if part.inside is None
+        for block in blocks[:4]
+    )
+
+
+# --- what depends on the two layouts only ---------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """How one destination rank gets its page."""
+
+    rank: int
+    place: int
+    """Position of the rank in the source group, if it is in it."""
+    src_units: int
+    dst_units: int
+    inside: int | None
+    """The page lies inside the rank's source page, from this unit on."""
+    grows_at: int | None
+    """The source page may become this part of the destination page, in place."""
+
+
+class _Route(NamedTuple):
+    """One unit of every block: from where to where, by rank and by position in its group."""
+
+    src_rank: int
+    src_place: int
+    src_unit: int
+    dst_rank: int
+    dst_place: int
+    dst_unit: int
+
+
+class _Layout(NamedTuple):
+    src_units: int
+    dst_units: int
+    parts: tuple[_Part, ...]
+    routes: tuple[_Route, ...]
+
+
+@memoized
+def _layout(src: Group, dst: Group, num_units: int) -> _Layout:
+    src_units = units_per_page(src.degree, num_units)
+    dst_units = units_per_page(dst.degree, num_units)
+    routes = tuple(
+        _Route(
             move.src_rank,
-            src.pages[move.src_rank - src.group.leader] * src_count + move.src_unit,
+            move.src_rank - src.leader,
+            move.src_unit,
             move.dst_rank,
-            dst.pages[move.dst_rank - dst.group.leader] * dst_count + move.dst_unit,
+            move.dst_rank - dst.leader,
+            move.dst_unit,
         )
-        for move in moves(src.group, dst.group, cache.arena.units_per_block)
-    ]
+        for move in moves(src, dst, num_units)
+    )
+    parts = tuple(_part(src, rank, src_units, dst_units, routes) for rank in dst.ranks)
+    return _Layout(src_units, dst_units, parts, routes)
+
+
+def _part(
+    src: Group, rank: int, src_units: int, dst_units: int, routes: tuple[_Route, ...]
+) -> _Part:
+    own = [route for route in routes if route.src_rank == rank == route.dst_rank]
+    if rank not in src.ranks:
+        return _Part(rank, 0, src_units, dst_units, None, None)
+    if dst_units <= src_units:
+        inside = next(route.src_unit for route in own if route.dst_unit == 0)
+        return _Part(rank, rank - src.leader, src_units, dst_units, inside, None)
+    grows_at = next(route.dst_unit for route in own if route.src_unit == 0)
+    return _Part(rank, rank - src.leader, src_units, dst_units, None, grows_at)

@@ -7,6 +7,8 @@ half of a page is the new page, in place, and both own its units until the old o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UnitPool:
     """Units `0 .. num_units - 1` of one rank; `num_units` is cut to whole pages of `max_order`."""
@@ -61,6 +63,10 @@ class UnitPool:
             starts.append(start)
         return starts
 
+    def num_pages(self, order: int) -> int:
+        """How often `alloc` would succeed now."""
+        return sum(len(free) << found for found, free in enumerate(self.free[order:]) if free)
+
     def claim(self, start: int, order: int) -> bool:
         """Take exactly this free block, wherever it lies inside a larger one; False if in use."""
         found, block = order, start
@@ -84,6 +90,17 @@ class UnitPool:
         for unit in range(start, start + count):
             assert self.refs[unit] > 0, f"unit {unit} is free"
             self.refs[unit] += 1
+
+    def retain_pages(self, starts: Iterable[int], count: int) -> None:
+        """One more reference to each of `count` units from each start on, all in use."""
+        refs = self.refs
+        if count == 1:
+            for start in starts:
+                assert refs[start] > 0, f"unit {start} is free"
+                refs[start] += 1
+            return
+        for start in starts:
+            self.retain(start, count)
 
     def release(self, start: int, count: int) -> None:
         """One reference less; units without any return to the pool and merge with free buddies."""

@@ -1,5 +1,6 @@
 """What is sent, and in what order, when room is made by moving pages."""
 
+from nitsum.control.courier import Courier
 from nitsum.control.migration import Wave
 from nitsum.kv.blocks import Relocation
 from nitsum.messages import Move
@@ -45,8 +46,10 @@ def test_a_pull_waits_for_relocations_of_its_source():
     assert src is not None
     relocate(machine, Relocation(src.index, 40, 44, 2))
     generation.open_lane(machine.plans["TP2"].lanes[0])
-    wave = Wave(generation, units_per_message=99)
-    assert wave.add_sequence(sequence, Group(2, 0), level=0)
-    wave.advance()
+    wave = Wave(generation, Courier(generation, units_under_way=99))
+    move = wave.add(sequence, Group(2, 0))
+    assert move is not None
+    assert wave.fill(move, 99) == 3
+    wave.flush()
     pulls = sent_to(machine, 1 - src.index)
     assert pulls[-1].after == [(src.index, generation.num_settled(src.index))]
