@@ -249,7 +249,7 @@ class Wave:
 
     def _reserve_rest(self, move: SequenceMove, count: int) -> bool:
         blocks: list[Block] = self.lanes.kv.tables[move.sequence.request_id].blocks
-        return move.transfer.reserve(blocks[-count:]) == count
+        return move.transfer.reserve(blocks[-count:], compacts=False) == count
 
     def _enter(self, move: SequenceMove) -> None:
         sequence, transfer = move.sequence, move.transfer

@@ -84,6 +84,8 @@ IDLE_FACTOR = 32
 """How many times more a turn may do while there is nothing to step."""
 PATIENCE_TURNS = 32
 """Turns that a filled wave waits, at most, for prompts under way to become part of it cheaply."""
+REQUESTS_PER_SPARE_BLOCK = 4
+"""A fill ends early when less than a block for so many requests is free for them to go on."""
 HOME_REQUESTS = 2
 """Requests like it by which a lane may be ahead of the idlest and be chosen all the same, because
 the request's pages can grow in place there."""
@@ -311,7 +313,9 @@ class Switcher:
         if not filling.is_closing:
             is_full = self._fill_portion(switch, filling)
             wave.flush()
-            if is_full:
+            if self._is_short_of_room(filling):
+                self._stop_filling(filling)
+            elif is_full:
                 filling.num_turns_full += 1
                 wave.times.filled_s = wave.times.filled_s or self.lanes.now()
                 filling.is_closing = self._is_worth_closing(filling)
@@ -392,6 +396,24 @@ class Switcher:
             )
 
         return [lane.group for lane in sorted(plan.lanes, key=preference)]
+
+    def _is_short_of_room(self, filling: _Filling) -> bool:
+        """Whether those that go on in the old lanes may soon lack a block."""
+        num_requests = len(filling.wave.moves) + len(filling.waiting) + len(filling.refused)
+        count = max(1, num_requests // REQUESTS_PER_SPARE_BLOCK)
+        kv = self.lanes.kv
+        is_short = any(kv.free_blocks(group) < count for group in self.draining)
+        return is_short and bool(filling.wave.moves)
+
+    def _stop_filling(self, filling: _Filling) -> None:
+        """Cut over what is complete, which gives room back. A request alone goes on until it is."""
+        wave = filling.wave
+        incomplete = [move for move in wave.moves.values() if wave.num_lacking(move)]
+        if len(incomplete) == 1 == len(wave.moves):
+            return
+        for move in incomplete:
+            wave.drop(move.sequence)
+        filling.is_closing = True
 
     def _is_worth_closing(self, filling: _Filling) -> bool:
         """Whether what would be left to copy is small, or has not become so for long."""

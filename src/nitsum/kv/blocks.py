@@ -41,10 +41,18 @@ class Block:
         """Tier level of its most urgent user; the least urgent are evicted first."""
 
 
+class PageColumns(NamedTuple):
+    """Pages of blocks in order, one column for each rank of their group."""
+
+    columns: list[list[int]]
+    num_relocations: int
+    """Relocations there had been by then: after another one they may be wrong."""
+
+
 class Table:
     """The blocks of one request, in order, all in the layout of `group`."""
 
-    __slots__ = ("blocks", "group", "num_registered", "num_sent")
+    __slots__ = ("blocks", "group", "num_registered", "num_sent", "pages")
 
     def __init__(self, group: Group, blocks: list[Block]) -> None:
         self.group = group
@@ -53,6 +61,8 @@ class Table:
         """Leading blocks that the prefix index was told about."""
         self.num_sent = 0
         """Leading blocks whose pages the workers know; a relocation sets it back."""
+        self.pages: PageColumns | None = None
+        """Pages of leading blocks, where they were worked out in advance."""
 
 
 class Held(NamedTuple):

@@ -65,6 +65,7 @@ class KvCache:
         """By rank and first unit of a page: the block that was placed there last. It may be gone,
         or moved, since: see `_idle_at`."""
         self._copies: list[Relocation | Save | Load] = []
+        self.num_relocations = 0
         self._num_useless: dict[tuple[int, int], int] = {}
         """By rank and order: blocks at the head of the eviction order around which no page of that
         size comes free, by the last search."""
@@ -174,6 +175,12 @@ class KvCache:
 
     def slot_pages(self, table: Table, first: int) -> list[list[int]]:
         """Page ids of blocks `first..`, for each rank of the table's group."""
+        known, table.pages = table.pages, None
+        if known is not None and known.num_relocations == self.num_relocations and not first:
+            rest = table.blocks[len(known.columns[0]) :]
+            for place, column in enumerate(known.columns):
+                column.extend([block.pages[place] for block in rest])
+            return known.columns
         blocks = table.blocks[first:]
         return [[block.pages[i] for block in blocks] for i in range(table.group.degree)]
 
@@ -428,6 +435,7 @@ class KvCache:
             return None
         start, relocations = made
         self._copies.extend(relocations)
+        self.num_relocations += len(relocations)
         return start
 
     def _release_pages(self, group: Group, pages: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from functools import cache as memoized
 from itertools import chain
 from typing import NamedTuple
 
-from nitsum.kv.blocks import Block, Held, Table
+from nitsum.kv.blocks import Block, Held, PageColumns, Table
 from nitsum.kv.cache import KvCache
 from nitsum.kv.moves import moves
 from nitsum.plan import Group
@@ -53,6 +53,8 @@ class Transfer:
         """Units that stayed where they were."""
         self._num_registered = 0
         """Leading destination blocks that are in the prefix index."""
+        self._pages = PageColumns([[] for _ in dst.ranks], cache.num_relocations)
+        """Of the settled blocks."""
         self._source_refs = 1
         """References to each source that are the transfer's."""
         cache.holders[self] = None
@@ -206,6 +208,9 @@ class Transfer:
                     continue
             if self._num_registered == index:
                 self._num_registered = index + 1
+        settled = self.blocks[self.num_settled : self.num_copied]
+        for place, column in enumerate(self._pages.columns):
+            column.extend([block.pages[place] for block in settled])
         self.num_settled = self.num_copied
 
     # -- end --
@@ -220,6 +225,7 @@ class Transfer:
         self.settle()
         table = Table(self.dst, self.blocks)
         table.num_registered = self._num_registered
+        table.pages = self._pages
         self.cache.replace_table(request_id, table)
         self.blocks = []
         self._source_refs = 2
