@@ -87,6 +87,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "chain_start_s",
         "finish_reason",
         "first_due_s",
         "first_scheduled_s",
@@ -96,6 +97,7 @@ class Sequence:
         "last_token_s",
         "latest_start_s",
         "lost_after_s",
+        "missed_after_s",
         "num_cached",
         "num_computed",
         "num_dispatched",
@@ -155,6 +157,11 @@ class Sequence:
         """Started later than this, it misses its own targets whatever happens."""
         self.first_due_s = float("inf")
         """When its first token is due."""
+        self.missed_after_s = float("inf")
+        """A first token later than this has missed everything there was to meet; a call of a chain
+        still has its chain to keep up with."""
+        self.chain_start_s: float | None = None
+        """When its first step must start for the sake of its chain, if it is a call of one."""
         self.pace_s: float | None = None
         """Time per token it is held to after the first; None for deadline tiers."""
         self.promised = False

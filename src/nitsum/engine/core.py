@@ -14,6 +14,7 @@ The core does no input or output of its own. Requests come in through `submit`, 
 from __future__ import annotations
 
 from contextlib import suppress
+from math import inf
 
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
@@ -76,6 +77,8 @@ class Core:
         self.generation_number = 1
         self.draining = False
         self.last_step_s = clock.now()
+        self.next_dispatch_s = inf
+        """When a step will be due to be sent although nothing happened until then."""
 
     # -- receive --
 
@@ -200,8 +203,12 @@ class Core:
 
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
-        while not self.generation.rank_load.is_full and self._dispatch_round():
+        generation, load = self.generation, self.generation.rank_load
+        while not load.is_full and self._dispatch_round():
             pass
+        now = self.clock.now()
+        held_s = [load.send_at_s(loop) for loop in generation.loops.values() if load.has_room(loop)]
+        self.next_dispatch_s = min((at_s for at_s in held_s if at_s > now), default=inf)
 
     def _dispatch_round(self) -> bool:
         """One step for every lane that can take one; False when there was none.
@@ -209,14 +216,14 @@ class Core:
         Of lanes that share ranks, the one whose next step is most urgent goes first, and one that
         has been passed over for long goes before it.
         """
-        generation, load = self.generation, self.generation.rank_load
+        generation, load, now = self.generation, self.generation.rank_load, self.clock.now()
         load.held.clear()
         num_sent = 0
         # A lane without room matters only to those it shares ranks with: they are kept for it.
         loops = [
             loop
             for loop in generation.loops.values()
-            if loop.scheduler.neighbours or load.has_room(loop)
+            if loop.scheduler.neighbours or (load.has_room(loop) and load.send_at_s(loop) <= now)
         ]
         for loop in sorted(loops, key=generation.turn_order()):
             if loop.scheduler.has_work and load.free_for(loop):

@@ -11,6 +11,10 @@ from nitsum.step import BatchShape, Chunk
 STEPS_AHEAD = 2
 """Steps a rank may have in flight: one running, one waiting, so that it never idles."""
 
+SEND_AHEAD_S = 0.01
+"""A rank gets its next step no earlier than this before it is through with the one it has: whoever
+arrives until then is part of it. Far more than it takes to compose a step and send it."""
+
 
 @dataclass
 class LaneLoop:
@@ -65,6 +69,13 @@ class RankLoad:
     def has_room(self, loop: LaneLoop) -> bool:
         """Whether the lane's first rank can take a step; all do if no other lane uses them."""
         return self.num_in_flight[loop.lane.group.leader] < STEPS_AHEAD
+
+    def send_at_s(self, loop: LaneLoop) -> float:
+        """When the lane's next step should be sent. Ranks that lanes share are filled at once: they
+        would wait for each other."""
+        if loop.scheduler.neighbours or not self.num_in_flight[loop.lane.group.leader]:
+            return 0.0
+        return self.free_s[loop.lane.group.leader] - SEND_AHEAD_S
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""

@@ -195,6 +195,14 @@ def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> No
             link.send(replace_fields(core.status(op_id), **extra))
 
 
+def _wait_ms(core: Core) -> float:
+    """Milliseconds until the core wants a turn whatever happens."""
+    if not core.has_work:
+        return IDLE_WAIT_MS
+    until_s = core.next_dispatch_s - core.clock.now()
+    return min(BUSY_WAIT_MS, max(0.0, 1000 * until_s))
+
+
 def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection) -> bool:
     """Sleep until there is something to do; True when the parent has ended."""
     poller = zmq.Poller()
@@ -204,5 +212,5 @@ def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Conne
         poller.register(executor.reply_socket, zmq.POLLIN)
     except WorkerDied:
         return False  # the next turn starts new workers
-    ready = dict(poller.poll(BUSY_WAIT_MS if core.has_work else IDLE_WAIT_MS))
+    ready = dict(poller.poll(_wait_ms(core)))
     return parent.fileno() in ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from math import ceil, inf
 from typing import TYPE_CHECKING
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from nitsum.request import Sequence
 from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.composed import Composed
-from nitsum.sched.targets import LOOSEST, TIGHTEST
+from nitsum.sched.order import in_order
+from nitsum.sched.targets import LOOSEST, MARGIN, TIGHTEST
 from nitsum.step import BatchShape, Chunk
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ PREFILL_PART = 0.5
 """Part of the time tight decodes leave that loose ones leave to urgent prompts."""
 MAX_SKIPS = 8
 """Steps a loose request may sit out in a row."""
+PART_AHEAD = 0.25
+"""Part of a step that goes to those served ahead of their turn while others need the rest."""
+OWN_STEP = 1.25
+"""A step with a short prompt, in steps of the decodes alone."""
 
 
 # --- decodes -------------------------------------------------------------------------------------
@@ -47,6 +52,7 @@ def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
         _thin_out(lane, step, any(sequence.pace_s is not None for sequence in prefills))
     if step.chunks:
         step.predicted_s = lane.step_time(step)
+    step.decodes = step.shape
     return prefills
 
 
@@ -72,9 +78,15 @@ def _add_level(lane: LaneScheduler, step: Composed, level: int, prefills: list[S
         if len(step.chunks) >= most or (step.preempted and step.has_lost(sequence)):
             continue
         pace_s = sequence.pace_s
-        if pace_s is not None and sequence.first_token_s is not None:
-            due_s = sequence.first_token_s + answered * pace_s
-            allowed_s = min(max(due_s - start_s, TIGHTEST * pace_s), LOOSEST * pace_s)
+        if pace_s is not None:
+            first_s = sequence.first_token_s
+            if first_s is None:
+                first_s = start_s  # the steps before this one draw it
+            due_s = first_s + answered * pace_s
+            allowed_s = LOOSEST * pace_s
+            if first_s <= sequence.missed_after_s:
+                ahead_s = due_s - start_s - MARGIN * pace_s
+                allowed_s = min(max(ahead_s, TIGHTEST * pace_s), allowed_s)
             tight_s = min(tight_s, allowed_s)
             next_due_s = min(next_due_s, due_s + pace_s)
         append(Chunk(sequence, start, 1, True))
@@ -169,16 +181,46 @@ def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: 
 
 def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) -> None:
     """Chunks in order, each as large as the tightest affected decode allows."""
-    had_none = True
-    for sequence in _in_order(lane, prefills):
-        num_tokens = _chunk_tokens(lane, step, sequence)
-        if not num_tokens:
-            break
-        had_none = False
-        _add_chunk(lane, step, sequence, num_tokens)
-    lane.num_dry = lane.num_dry + 1 if had_none else 0
+    ahead, rest = in_order(lane, step, prefills)
+    taken = [0] * len(lane.levels)
+    in_front = sum(sequence.num_remaining for sequence in ahead)
+    behind = sum(sequence.num_remaining for sequence in prefills) - in_front
+    _add_in_turn(lane, step, ahead, taken, behind)
+    is_whole = _add_in_turn(lane, step, rest, taken, 0)
+    lane.num_dry = 0 if any(taken) else lane.num_dry + 1
     if step.chunks:
         step.predicted_s = lane.step_time(step)
+    if not is_whole and any(taken):
+        lane.prefill_pace.note_step(taken, step.predicted_s)
+
+
+def _add_in_turn(
+    lane: LaneScheduler,
+    step: Composed,
+    prefills: Iterable[Sequence],
+    taken: list[int],
+    behind: int,
+) -> bool:
+    """Chunks as long as there is room, counted in `taken` by level; whether all found room.
+
+    While `behind` tokens wait for what is left, these take no more than a part of the step.
+    """
+    part: int | None = None
+    for sequence in prefills:
+        num_tokens = fits = _chunk_tokens(lane, step, sequence)
+        if behind and fits:
+            if part is None:
+                part = max(MIN_CHUNK, int(PART_AHEAD * fits), fits - behind)
+            num_tokens = min(fits, part)
+            part -= num_tokens
+        if not num_tokens:
+            return False
+        taken[lane.setting.level(sequence)] += num_tokens
+        if num_tokens < sequence.num_remaining and not behind:
+            _add_chunk(lane, step, sequence, num_tokens)
+            return False
+        _add_chunk(lane, step, sequence, num_tokens)
+    return True
 
 
 def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_tokens: int) -> None:
@@ -187,26 +229,17 @@ def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_toke
     step.chunks.append(Chunk(sequence, start, num_tokens, samples))
     step.shape = with_prefill(step.shape, start, num_tokens, samples)
     step.tokens[lane.setting.level(sequence)] += num_tokens
+    if samples and lane.rules.slack and sequence.pace_s is not None:
+        _hold_to_first_token(lane, step, sequence, sequence.pace_s)
 
 
-def _in_order(lane: LaneScheduler, prefills: list[Sequence]) -> Iterator[Sequence]:
-    """Promoted first, then those their tier is owed, then tiers; inside each promised ones, by
-    slack. A step takes a few of many, so only what is asked for gets sorted."""
-    promoted: list[Sequence] = []
-    by_level: list[list[Sequence]] = [[] for _ in lane.levels]
-    level_of, by_slack = lane.setting.level, lane.rules.slack
-    for sequence in prefills:
-        (promoted if sequence.promoted else by_level[level_of(sequence)]).append(sequence)
-    owed = [level for level in lane.levels if lane.shares.protects(level)]
-    first = [sequence for level in owed for sequence in by_level[level]]
-    rest = [by_level[level] for level in lane.levels if level not in owed]
-
-    def key(sequence: Sequence) -> tuple[bool, float]:
-        at_s = sequence.latest_start_s if by_slack else sequence.request.arrival_s
-        return not sequence.promised, at_s
-
-    for bucket in (promoted, first, *rest):
-        yield from sorted(bucket, key=key)
+def _hold_to_first_token(
+    lane: LaneScheduler, step: Composed, sequence: Sequence, pace_s: float
+) -> None:
+    """What else the step takes on must not make its first token late, unless it is anyway."""
+    allowed_s = sequence.first_due_s - step.start_s - MARGIN * pace_s
+    if lane.step_time(step) <= allowed_s:
+        step.first_tight_s = min(step.first_tight_s, allowed_s)
 
 
 def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> int:
@@ -229,7 +262,8 @@ def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> in
 def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:
     """The chunk that all decodes bear; if it would come too late with that, the chunk that those
     of its own and higher tiers bear."""
-    others_s = _neighbours_bear_s(lane, step)
+    others_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
+    others_s = min(others_s, step.first_tight_s)
     allowed_s = min(min(step.tight_s), others_s)
     count = _fitting(lane, step, sequence, most, allowed_s)
     level = lane.setting.level(sequence)
@@ -259,3 +293,13 @@ def _neighbours_bear_s(lane: LaneScheduler, step: Composed) -> float:
     """How long the step may hold its ranks before a lane that shares them must start."""
     starts = [other.next_start_s for other in lane.neighbours if other.has_work]
     return max(0.0, min(starts) - step.start_s) if starts else inf
+
+
+def _newcomers_bear_s(lane: LaneScheduler, step: Composed) -> float:
+    """How long the step may hold its ranks if a request with a short prompt comes right after it
+    was sent, of a tier that had requests lately: its own step has to follow in time."""
+    ttft_s = lane.newcomer_ttft_s(step.now)
+    if ttft_s == inf:
+        return inf
+    own_s = OWN_STEP * lane.setting.cost.step_time(lane.lane, step.decodes)
+    return max(ttft_s - own_s, 2 * own_s)

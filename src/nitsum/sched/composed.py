@@ -52,6 +52,10 @@ class Composed:
     """Positions computed, by level."""
     tight_s: list[float] = field(default_factory=list[float])
     """How long the step may take for the decodes of each level."""
+    first_tight_s: float = float("inf")
+    """How long the step may take for those it draws the first token of."""
+    decodes: BatchShape = field(default_factory=BatchShape)
+    """Its shape before any prompt was taken on."""
     next_due_s: float = float("inf")
     """When the first of its decodes must have its token after this step's."""
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import NamedTuple
 
 from nitsum.plan import Lane
@@ -17,11 +18,14 @@ from nitsum.request import SeqState, Sequence
 from nitsum.sched.alarms import Alarms
 from nitsum.sched.batch import add_decodes, add_prefills
 from nitsum.sched.composed import Composed, Resumption
+from nitsum.sched.order import PrefillPace
 from nitsum.sched.queue import ReturnQueue, TierQueue
 from nitsum.sched.room import Room
 from nitsum.sched.setting import Setting
 from nitsum.sched.share import Shares
 
+LATELY_S = 60.0
+"""A tier that had a request within this time may have another any moment."""
 PROMOTED = -1
 """Rank of a request that waited as long as its tier allows: before every level."""
 
@@ -61,8 +65,28 @@ class LaneScheduler:
         """When the lane's next step must start at the latest."""
         self.num_dry = 0
         """Steps in a row in which prefills were ready and none got a token."""
+        self.prefill_pace = PrefillPace(setting.num_levels, self._lone_tokens_per_s())
+        self.last_came_s = [-inf for _ in self.levels]
+        """When each level last had a new request."""
         self.skipped: dict[Sequence, int] = {}
         """Steps in a row that left a loose request out."""
+
+    def _lone_tokens_per_s(self) -> float:
+        most = self.limits.max_batch_tokens
+        return most / self.setting.estimator.prefill_s(self.lane, most)
+
+    def newcomer_ttft_s(self, now: float) -> float:
+        """The tightest time to first token that somebody who comes now may want; infinite if no
+        tier with such a target had a request lately."""
+        tiers = self.setting.tiers.ordered
+        return min(
+            (
+                tier.ttft_s
+                for level, tier in enumerate(tiers)
+                if tier.ttft_s is not None and self.last_came_s[level] > now - LATELY_S
+            ),
+            default=inf,
+        )
 
     # -- coming and going --
 
@@ -70,6 +94,7 @@ class LaneScheduler:
         """Queue a sequence without KV on the device."""
         sequence.group = self.lane.group
         level = self.setting.level(sequence)
+        self.last_came_s[level] = max(self.last_came_s[level], sequence.request.arrival_s)
         if sequence.request_id in self.kv.parked:
             sequence.state = SeqState.PAUSED
             self.paused[level][sequence] = None

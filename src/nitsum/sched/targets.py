@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from nitsum.request import Sequence
 from nitsum.sched.estimate import Work
 from nitsum.tier import Tier
@@ -11,6 +13,11 @@ TIGHTEST = 0.75
 prefills still get something."""
 LOOSEST = 2.0
 """A request ahead of its pace feels no longer gap than this many token times."""
+MARGIN = 0.05
+"""Tokens are meant to be there this part of the pace before they are due: a prediction errs, and
+what a step has drawn takes its time to get here."""
+CHAIN_PART = 0.25
+"""Part of the slack its chain has left that one call may use up: others are to follow."""
 
 
 def set_targets(
@@ -25,13 +32,15 @@ def set_targets(
         due_s = request.arrival_s + tier.deadline_s - work.latency_s
     else:
         due_s = request.arrival_s + (request.ttft_target_s or tier.ttft_s or 0.0)
-    sequence.first_due_s = due_s
+    sequence.first_due_s = sequence.missed_after_s = due_s
     sequence.lost_after_s = due_s - work.prefill_s
     sequence.latest_start_s = sequence.lost_after_s
     sequence.pace_s = _pace(sequence, tier)
     if chain_deadline_s is not None:
-        chain_start_s = chain_deadline_s - work.prefill_s - work.latency_s
-        sequence.latest_start_s = min(sequence.latest_start_s, chain_start_s)
+        slack_s = chain_deadline_s - work.prefill_s - work.latency_s - request.arrival_s
+        sequence.chain_start_s = request.arrival_s + min(slack_s, CHAIN_PART * slack_s)
+        sequence.latest_start_s = min(sequence.latest_start_s, sequence.chain_start_s)
+        sequence.missed_after_s = inf
 
 
 def _pace(sequence: Sequence, tier: Tier) -> float | None:
@@ -39,8 +48,3 @@ def _pace(sequence: Sequence, tier: Tier) -> float | None:
     if tier.tpot_s is None:
         return None
     return max(tier.tpot_s, sequence.request.tpot_target_s or 0.0)
-
-
-def allowed_step_s(due_s: float, start_s: float, pace_s: float) -> float:
-    """How long a step that starts at `start_s` may take for a token due at `due_s`."""
-    return min(max(due_s - start_s, TIGHTEST * pace_s), LOOSEST * pace_s)
