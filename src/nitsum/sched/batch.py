@@ -185,13 +185,35 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) 
     taken = [0] * len(lane.levels)
     in_front = sum(sequence.num_remaining for sequence in ahead)
     behind = sum(sequence.num_remaining for sequence in prefills) - in_front
-    _add_in_turn(lane, step, ahead, taken, behind)
-    is_whole = _add_in_turn(lane, step, rest, taken, 0)
+    is_whole = _add_in_turn(lane, step, ahead, taken, behind)
+    is_whole = _add_in_turn(lane, step, rest, taken, 0) and is_whole
     lane.num_dry = 0 if any(taken) else lane.num_dry + 1
     if step.chunks:
         step.predicted_s = lane.step_time(step)
     if not is_whole and any(taken):
         lane.prefill_pace.note_step(taken, step.predicted_s)
+    if not is_whole and lane.rules.slack:
+        beside = {chunk.sequence for chunk in step.chunks[step.decodes.num_decode :]}
+        without = [sequence for sequence in prefills if sequence not in beside]
+        for sequence in without:
+            lane.is_stalled[lane.setting.level(sequence)] = True
+        _make_way(lane, step, without)
+        left = sum(sequence.num_remaining for sequence in prefills) - sum(taken)
+        lane.is_pressed = left > 2 * sum(taken)
+
+
+def _make_way(lane: LaneScheduler, step: Composed, without: list[Sequence]) -> None:
+    """Late prompts of which nothing was computed give their slots back while others wait: in the
+    queue, tenants take turns, and there is no KV to hold."""
+    for sequence in without:
+        if (
+            step.start_s > sequence.first_due_s
+            and sequence.first_scheduled_s is None
+            and sequence.chain_start_s is None
+            and not sequence.promoted
+            and not sequence.num_restarts
+        ):
+            lane.put_back(sequence, step.now)
 
 
 def _add_in_turn(
@@ -229,6 +251,8 @@ def _add_chunk(lane: LaneScheduler, step: Composed, sequence: Sequence, num_toke
     step.chunks.append(Chunk(sequence, start, num_tokens, samples))
     step.shape = with_prefill(step.shape, start, num_tokens, samples)
     step.tokens[lane.setting.level(sequence)] += num_tokens
+    if samples:
+        lane.waits.cancel(sequence)
     if samples and lane.rules.slack and sequence.pace_s is not None:
         _hold_to_first_token(lane, step, sequence, sequence.pace_s)
 

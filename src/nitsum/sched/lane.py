@@ -68,6 +68,11 @@ class LaneScheduler:
         self.prefill_pace = PrefillPace(setting.num_levels, self._lone_tokens_per_s())
         self.last_came_s = [-inf for _ in self.levels]
         """When each level last had a new request."""
+        self.is_stalled = [False for _ in self.levels]
+        """Which levels have prompts with a slot that got nothing of the last step."""
+        self.is_pressed = False
+        """The last step left more prompts waiting than the next one can take: what is late anyway
+        gets no slot."""
         self.skipped: dict[Sequence, int] = {}
         """Steps in a row that left a loose request out."""
 
@@ -125,6 +130,7 @@ class LaneScheduler:
             self.num_running -= 1
             self.num_promoted -= sequence.promoted
             self.skipped.pop(sequence, None)
+            self.waits.cancel(sequence)
             return
         self.paused[level].pop(sequence, None)
         if not self.returning[level].remove(sequence):
@@ -179,6 +185,7 @@ class LaneScheduler:
             len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
         )
         self._fill_slots(step)
+        self.is_pressed, self.is_stalled = False, [False for _ in self.levels]
         prefills = add_decodes(self, step)
         if prefills:
             add_prefills(self, step, prefills)
@@ -186,8 +193,10 @@ class LaneScheduler:
         return step
 
     def backlog(self) -> list[bool]:
-        """Which levels have work without a slot."""
-        return [bool(self.waiting[i] or self.returning[i]) for i in self.levels]
+        """Which levels have work without a slot, or with one and no part in the last step."""
+        return [
+            bool(self.waiting[i] or self.returning[i] or self.is_stalled[i]) for i in self.levels
+        ]
 
     def step_time(self, step: Composed) -> float:
         return self.setting.cost.step_time(self.lane, step.shape)
@@ -196,26 +205,45 @@ class LaneScheduler:
 
     def _fill_slots(self, step: Composed) -> None:
         """Slots for those next in order, displacing strictly lower tiers where all are taken."""
-        while (candidate := self._next_candidate(step.now)) is not None:
+        while (candidate := self._next_candidate(step)) is not None:
             if not self._place(candidate, step):
                 return
 
-    def _next_candidate(self, now: float) -> Candidate | None:
+    def _waited_long(self, step: Composed) -> Sequence | None:
+        """Who has waited as long as its tier allows and has no slot. Prompts that have one and do
+        not get through waited, too: they are promoted where they are."""
+        while self.num_promoted < max(1, self.limits.max_num_seqs // 2):
+            waited = self.waits.due(step.now)
+            if waited is None or waited.state is not SeqState.RUNNING:
+                return waited
+            self.waits.cancel(waited)
+            self._note_waited(waited, step.now)
+            self.num_promoted += 1
+            waited.promoted = True
+            step.promoted.append(waited)
+        return None
+
+    def _next_candidate(self, step: Composed) -> Candidate | None:
+        now = step.now
         if self.rules.shares:
-            waited = self.waits.due(now)
-            if waited is not None and self.num_promoted < max(1, self.limits.max_num_seqs // 2):
+            waited = self._waited_long(step)
+            if waited is not None:
                 return Candidate(waited, PROMOTED)
             if self.num_running < self.limits.max_num_seqs:
                 owed = self.shares.owed(self.backlog())
-                if owed is not None and (head := self._head(owed, now)) is not None:
+                if owed is not None and (head := self._owed_head(owed, now)) is not None:
                     return Candidate(head, owed)
         for level in self.levels:
             if (head := self._head(level, now)) is not None:
                 return Candidate(head, level)
         return None
 
-    def _head(self, level: int, now: float) -> Sequence | None:
+    def _owed_head(self, level: int, now: float) -> Sequence | None:
         return self.returning[level].head() or self.waiting[level].head(now)
+
+    def _head(self, level: int, now: float) -> Sequence | None:
+        queue = self.waiting[level]
+        return self.returning[level].head() or queue.head(now, late=not self.is_pressed)
 
     def _place(self, candidate: Candidate, step: Composed) -> bool:
         """A slot and KV for the candidate; False, and it waits, if either cannot be had."""
@@ -265,14 +293,30 @@ class LaneScheduler:
         if level > self.setting.level(favoured) or favoured.promoted:
             step.displaced.append((victim, favoured))
 
+    def put_back(self, sequence: Sequence, now: float) -> None:
+        """A late prompt with a slot of which nothing was computed waits in its queue again."""
+        self.leave(sequence)
+        self.kv.close(sequence.request_id)
+        self._charge_prompt(sequence, sequence.num_cached - len(sequence.tokens))
+        sequence.num_dispatched = sequence.num_computed = sequence.num_cached = 0
+        sequence.state = SeqState.WAITING
+        self._note_waited(sequence, now)
+        self.waiting[self.setting.level(sequence)].add(sequence)
+        self._set_alarm(sequence)
+
     def _start(self, sequence: Sequence, now: float) -> None:
         level = self.setting.level(sequence)
         if not self.returning[level].remove(sequence):
             self.waiting[level].remove(sequence)
         self.paused[level].pop(sequence, None)
-        self.waits.cancel(sequence)
-        sequence.waited_s += max(0.0, now - sequence.wait_from_s)
+        if not sequence.in_prefill or sequence.promoted:
+            self.waits.cancel(sequence)
+        self._note_waited(sequence, now)
         self._run(sequence)
+
+    def _note_waited(self, sequence: Sequence, now: float) -> None:
+        sequence.waited_s += max(0.0, now - sequence.wait_from_s)
+        sequence.wait_from_s = max(now, sequence.wait_from_s)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SeqState.RUNNING
@@ -338,7 +382,11 @@ class LaneScheduler:
     def _note_admitted(self, sequence: Sequence, num_new: int, step: Composed) -> None:
         if sequence.num_restarts:
             step.resumed.append(Resumption(sequence, num_new))
-        elif self.rules.fair:
+        else:
+            self._charge_prompt(sequence, num_new)
+
+    def _charge_prompt(self, sequence: Sequence, num_new: int) -> None:
+        if self.rules.fair:
             accounts = self.setting.accounts[sequence.tier]
             accounts.charge_prompt(sequence.request.tenant, num_new)
 

@@ -1,9 +1,9 @@
 """In what order the prompts under way get their share of a step.
 
-    promoted   waited as long as their tier allows
-    owed       of a tier that has a turn coming; both only get a part of each step
-    by tier    1. promised ones, then the others, as long as they can be on time: least slack first
-               2. those given up so that others are on time, and those that are late: by arrival
+promoted   waited as long as their tier allows
+owed       of a tier that has a turn coming; both only get a part of each step
+by tier    1. promised ones, then the others, as long as they can be on time: least slack first
+           2. those given up so that others are on time, and those that are late: by arrival
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The order inside a tenant is by latest start, which does not change while a request waits: nothing
 is ever sorted again. A request is found to be lost when it would be next, and only then moved
-behind those that can still meet their targets.
+behind those that can still meet their targets. A call of a chain is never lost: late for its own
+targets, it keeps the place its chain's deadline gives it.
 """
 
 from __future__ import annotations
@@ -71,11 +72,10 @@ class TierQueue:
         self.accounts.leave(line.account, sequence.num_prompt)
         return True
 
-    def head(self, now: float) -> Sequence | None:
-        """Who is next."""
-        return (
-            self._head(_PROMISED, now) or self._head(_OPEN, now) or self._head(_LOST, float("-inf"))
-        )
+    def head(self, now: float, *, late: bool = True) -> Sequence | None:
+        """Who is next; without `late`, of those that can still meet their targets."""
+        found = self._head(_PROMISED, now) or self._head(_OPEN, now)
+        return found or (self._head(_LOST, float("-inf")) if late else None)
 
     # -- inside --
 
@@ -111,12 +111,15 @@ class TierQueue:
         """Bring a request of the class to the front of its heap; False if the line has none."""
         heap = line.heaps[kind]
         while heap:
-            order, _, ticket, sequence = heap[0]
+            order, at_s, ticket, sequence = heap[0]
             if self._tickets.get(sequence) != ticket:
                 heappop(heap)
-            elif sequence.lost_after_s < now:
+            elif sequence.lost_after_s < now and at_s != sequence.chain_start_s:
                 heappop(heap)
-                self._push(line, _LOST, (order, sequence.request.arrival_s, ticket, sequence))
+                if sequence.chain_start_s is not None:  # late, and its chain need not be
+                    heappush(heap, (order, sequence.chain_start_s, ticket, sequence))
+                else:
+                    self._push(line, _LOST, (order, sequence.request.arrival_s, ticket, sequence))
             else:
                 return True
         return False
