@@ -80,8 +80,16 @@ class FakeRank:
 class FakeExecutor:
     """Runs messages in a random order that the protocol allows."""
 
-    def __init__(self, arena: ArenaShape, seed: int = 0, max_messages: int = 6) -> None:
+    def __init__(
+        self,
+        arena: ArenaShape,
+        seed: int = 0,
+        max_messages: int = 6,
+        max_num_seqs: int | None = None,
+    ) -> None:
+        """`max_num_seqs`: what a step may contain at most, as on real workers."""
         self.arena = arena
+        self.max_num_seqs = max_num_seqs
         self.random = random.Random(seed)
         self.max_messages = max_messages
         """Most messages run in one poll."""
@@ -155,6 +163,7 @@ class FakeExecutor:
         return all(self.ranks[rank].num_done >= number for rank, number in move.after)
 
     def _run_step(self, step: Step) -> None:
+        assert self.max_num_seqs is None or len(step.work) <= self.max_num_seqs, "too many sequences"
         for place, rank in enumerate(step.group.ranks):
             state = self.ranks[rank]
             for join in step.joins:

@@ -50,7 +50,7 @@ class Machine:
             min_degree=self.plans.degrees[0],
             num_host_units=num_host_blocks * units_per_block,
         )
-        self.executor = FakeExecutor(self.arena, seed)
+        self.executor = FakeExecutor(self.arena, seed, max_num_seqs=self.config.max_num_seqs)
         self.log = EventLog()
         self.clock = VirtualClock()
         self.core = Core(self.config, self.arena, self.executor, self.clock, self.log, cost=cost)

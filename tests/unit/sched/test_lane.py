@@ -19,6 +19,7 @@ from nitsum.events import (
     StepEnded,
     StepSent,
 )
+from nitsum.plan import read_plans
 from nitsum.tier import BATCH, DEFAULT, DEFAULT_TIERS, FLEX, PRIORITY
 from tests.unit.engine.machine import Machine
 
@@ -284,3 +285,20 @@ def check_places(machine: Machine) -> None:
     assert returned <= preempted
     finished = {e.request_id for e in of(machine, Finished)}
     assert preempted <= finished
+
+
+@pytest.mark.parametrize("num_prompt", [2, 9])
+def test_sequences_of_two_full_lanes_take_turns_in_one(num_prompt: int):
+    machine = Machine(2, plans=read_plans(["2xTP1", "TP2"], 2), num_blocks=64, cost=FAST)
+    ids = [machine.submit([i] * num_prompt, max_tokens=40) for i in range(8)]
+    while machine.core.status("x").num_running < 8:
+        machine.turn()
+    machine.switch("TP2")
+    while not machine.reports:
+        machine.turn()
+    lengths = [len(machine.answers[name]) for name in ids]
+    for _ in range(60):
+        machine.turn()
+    gained = [len(machine.answers[name]) - n for name, n in zip(ids, lengths, strict=True)]
+    assert min(gained) > 0, "somebody never had a turn"
+    machine.drain()
