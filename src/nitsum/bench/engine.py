@@ -55,7 +55,13 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float:
+        """While decoding."""
         return self.num_decoded / self.decode_s
+
+    @property
+    def whole_s(self) -> float:
+        """From the prompts to the last token."""
+        return self.first_s + self.decode_s
 
 
 @dataclass
@@ -72,9 +78,12 @@ class Batch:
 
     @property
     def vs_transformers(self) -> float:
-        """Median over rounds of ours / theirs, tokens/s."""
+        """Whole answers: median over rounds of their time / ours."""
+        return self._ratio(lambda timing: timing.whole_s)
+
+    def _ratio(self, seconds: Callable[[Timing], float]) -> float:
         pairs = zip(self.ours, self.theirs, strict=True)
-        return statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs)
+        return statistics.median(seconds(b) / seconds(a) for a, b in pairs)
 
     @property
     def worker_ms(self) -> float:
@@ -88,6 +97,8 @@ class Batch:
     def figures(self) -> dict[str, float]:
         figures = {
             "vs_transformers": self.vs_transformers,
+            "vs_transformers_decode": self._ratio(lambda timing: timing.decode_s),
+            "vs_transformers_ttft": self._ratio(lambda timing: timing.first_s),
             "decode_ms": self.decode_ms(self.ours),
             "decode_ms_worker_only": self.worker_ms,
             "transformers_decode_ms": self.decode_ms(self.theirs),
