@@ -37,6 +37,9 @@ from nitsum.tier import Tier, TierSet
 PATIENCE_STEPS = 4
 """Steps, times the number of lanes, that others may be sent before a lane's turn comes anyway."""
 
+SOON_S = 1.0
+"""A lane whose next step may start later than this has no claim over one that has no targets."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -252,20 +255,20 @@ class Generation:
         else:
             loop.lane = loop.scheduler.lane = lane
             loop.draining = False
+            self._meet_neighbours()
 
     def _meet_neighbours(self) -> None:
-        """Lanes that share ranks watch each other's slack."""
+        """Lanes that share ranks watch each other's slack, and take turns while one drains."""
         loops = self.loops.values()
         for loop in loops:
-            loop.scheduler.neighbours = [
-                other.scheduler
-                for other in loops
-                if other is not loop and other.group.overlaps(loop.group)
-            ]
+            others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
+            loop.scheduler.neighbours = [other.scheduler for other in others]
+            loop.scheduler.takes_turns = any(loop.draining or other.draining for other in others)
 
     def drain_lane(self, group: Group) -> None:
         loop = self.loops[group]
         loop.draining = True
+        self._meet_neighbours()
         for sequence in loop.scheduler.take_waiting():
             self.route(sequence)
 
@@ -289,12 +292,13 @@ class Generation:
 
     def turn_order(self) -> Callable[[LaneLoop], tuple[bool, float, int]]:
         """Which of the lanes that share ranks goes first: one passed over for long, then the one
-        whose next step must start soonest. Without slack, the one served longest ago."""
+        whose next step must start soonest. Where nobody's must start soon, they take turns."""
         by_slack = self.setting.rules.slack
         oldest = self.last_sent - PATIENCE_STEPS * len(self.loops)
+        soon_s = self.now() + SOON_S
 
         def key(loop: LaneLoop) -> tuple[bool, float, int]:
-            start_s = loop.scheduler.next_start_s if by_slack else 0.0
+            start_s = min(loop.scheduler.next_start_s, soon_s) if by_slack else 0.0
             return (loop.last_sent > oldest, start_s, loop.last_sent)
 
         return key

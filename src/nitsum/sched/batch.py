@@ -270,6 +270,8 @@ def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> in
     """Tokens of this prompt the step takes; 0 if it takes none."""
     left = sequence.num_remaining
     most = min(left, lane.limits.max_batch_tokens - step.shape.num_tokens)
+    if lane.takes_turns:
+        most = min(most, _small_chunk(lane) - step.shape.prefill_tokens)
     level = lane.setting.level(sequence)
     if lane.shares.protects(level) and not sequence.promoted:
         most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
@@ -280,7 +282,12 @@ def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> in
         return count
     if step.shape.prefill_tokens or lane.num_dry < PATIENCE:
         return 0
-    return min(most, max(MIN_CHUNK, lane.limits.max_batch_tokens // 8))
+    return min(most, _small_chunk(lane))
+
+
+def _small_chunk(lane: LaneScheduler) -> int:
+    """What a step may take on of prompts when it should not, and they must go on."""
+    return max(MIN_CHUNK, lane.limits.max_batch_tokens // 8)
 
 
 def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:

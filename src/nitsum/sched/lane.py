@@ -61,6 +61,9 @@ class LaneScheduler:
         self.room = Room(self)
         self.neighbours: list[LaneScheduler] = []
         """Lanes that share ranks with this one."""
+        self.takes_turns = False
+        """A switch takes requests from here into a lane on the same ranks, or the other way: both
+        step, so both keep their steps short."""
         self.next_start_s = float("inf")
         """When the lane's next step must start at the latest."""
         self.num_dry = 0
