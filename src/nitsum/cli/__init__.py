@@ -25,7 +25,7 @@ COMMANDS = {
     "doctor": "say what this machine has, what is used of it, and what is missing",
     "fetch-demo": "download the demo model and convert it, once",
     "verify": "prove that switching the layout changes no result",
-    "bench": "measure the engine on this machine, or a server: engine, switch, serve, compare",
+    "bench": "measure the engine or a server: engine, switch, serve, compare, soak",
     "keys": "make, list and revoke API keys",
     "report": "print who was served how well, what it cost, what the machine earned",
     "version": "print the version of Nitsum and of what it runs on",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nitsum.cli import bench_engine, bench_load, bench_overlay, bench_switch
+from nitsum.cli import bench_engine, bench_load, bench_overlay, bench_soak, bench_switch
 
 _MEASUREMENTS = (
     (
@@ -36,6 +36,12 @@ _MEASUREMENTS = (
         "several servers under the same arrivals, turn by turn",
         bench_load.add_compare_arguments,
         bench_load.run_compare,
+    ),
+    (
+        "soak",
+        "whether anything fails, sticks or grows while the layout never rests",
+        bench_soak.add_arguments,
+        bench_soak.run,
     ),
 )
 

@@ -1,0 +1,102 @@
+"""The soak's clients and their judgement, against a server that is told what to do wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+
+import httpx
+import pytest
+
+from nitsum.bench.process_memory import resident_bytes
+from nitsum.bench.soak import TIERS, Options, Result, make_body, soak
+
+
+class Server:
+    """Answers as the real one does; every tenth completion is `wrong`."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.wrong = wrong
+        self.num_completions = 0
+        self.switched_to: list[str] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0.001)
+        match request.url.path:
+            case "/v1/models":
+                return httpx.Response(200, json={"data": [{"id": "m"}]})
+            case "/admin/plans":
+                return httpx.Response(200, json={"plan": "A", "plans": ["A", "B"]})
+            case "/admin/state":
+                return httpx.Response(200, json={"ranks": [{"kv_used": 0.5}, {"kv_used": 1.0}]})
+            case "/admin/plans/switch":
+                self.switched_to.append(json.loads(request.content)["plan"])
+                return httpx.Response(200, json={})
+            case _:
+                return self._complete(json.loads(request.content))
+
+    def _complete(self, body: dict) -> httpx.Response:
+        self.num_completions += 1
+        tokens = [1] * body["max_tokens"]
+        if self.num_completions % 10 == 0:
+            if self.wrong == "refused":
+                return httpx.Response(503)
+            if self.wrong == "stuck":
+                raise httpx.ReadTimeout("nothing came")
+            if self.wrong == "short":
+                tokens.pop()
+            if self.wrong == "error":
+                return httpx.Response(200, text='data: {"error": {"code": "gone"}}\n')
+        chunk = {"choices": [{"token_ids": tokens, "finish_reason": "length"}]}
+        return httpx.Response(200, text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+
+
+def run(server: Server) -> Result:
+    client = httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(server))
+    options = Options(duration_s=0.5, num_clients=3, rest_s=0.01)
+    return asyncio.run(soak(client, options, lambda *_: None, lambda: 100.0))
+
+
+def test_a_server_that_does_nothing_wrong():
+    server = Server()
+    figures = run(server).figures()
+    assert figures["soak_failed"] == 0
+    assert figures["soak_requests"] == server.num_completions > 10
+    assert figures["soak_switches"] == len(server.switched_to) > 1
+    assert server.switched_to[:3] == ["B", "A", "B"]
+    assert figures["kv_used_mean_share"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ("refused", "status 503"),
+        ("stuck", "stuck"),
+        ("short", "wrong token count"),
+        ("error", "error gone"),
+    ],
+)
+def test_what_goes_wrong_is_counted(wrong: str, kind: str):
+    server = Server(wrong)
+    result = run(server)
+    assert result.failed == {kind: server.num_completions // 10}
+    assert result.figures()["soak_failed"] > 0
+
+
+def test_growth_is_the_last_third_over_the_second():
+    result = Result(memory_bytes=[50.0, 60.0, 100.0, 100.0, 110.0, 110.0])
+    assert result.memory_growth_share == pytest.approx(0.1)
+
+
+def test_requests_are_the_same_in_each_run_and_differ_from_each_other():
+    options = Options()
+    bodies = [make_body(options, number, "m") for number in range(50)]
+    assert bodies == [make_body(options, number, "m") for number in range(50)]
+    assert len({tuple(body["prompt"]) for body in bodies}) > 40
+    assert all(1 <= len(body["prompt"]) <= options.longest_prompt for body in bodies)
+    assert {body["service_tier"] for body in bodies} == set(TIERS)
+
+
+def test_memory_of_this_process():
+    assert resident_bytes(os.getpid()) > 10e6
