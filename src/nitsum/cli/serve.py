@@ -87,14 +87,21 @@ def _announce(url: str, server: ServerSettings, config: EngineConfig, ready: Eng
     note(f"\nPlan {draw_plan(plans[plans.initial], plans.num_ranks)}")
     if others:
         note(f"Also resident: {', '.join(others)}")
-    gib = sum(sum(worker.memory_bytes.values()) for worker in ready.workers) / (1 << 30)
-    note(
-        f"Longest request: {ready.max_request_tokens:,} tokens. Memory of all ranks: {gib:.2f} GiB"
-    )
+    note(f"Longest request: {ready.max_request_tokens:,} tokens.")
+    note(f"Memory of all ranks: {memory_line([worker.memory_bytes for worker in ready.workers])}.")
     print(f"\nServing {server.model_names[0]} at {url}\n\n{curl_line(url, server)}\n")
     if others:
         print(f"Change the layout while it answers:\n\n{switch_line(url, others[0], server)}\n")
     sys.stdout.flush()
+
+
+def memory_line(ranks: list[dict[str, int]]) -> str:
+    """Weights and KV of all ranks together; `peak_rss` counts what is shared once for each."""
+
+    def gib(name: str) -> str:
+        return f"{sum(uses.get(name, 0) for uses in ranks) / (1 << 30):.2f} GiB"
+
+    return f"weights {gib('weights')}, KV {gib('kv')}"
 
 
 def curl_line(url: str, server: ServerSettings) -> str:

@@ -15,7 +15,7 @@ from typing import Self
 import httpx
 import pytest
 
-from nitsum.cli.serve import curl_line, switch_line
+from nitsum.cli.serve import curl_line, memory_line, switch_line
 from nitsum.server.settings import ServerSettings
 
 SHAPE = {
@@ -147,3 +147,8 @@ def test_lines_to_paste(tmp_path: Path):
     ).stdout.splitlines()
     assert "Authorization: Bearer s3cret" in printed
     assert json.loads(printed[-1])["model"] == "it's"
+
+
+def test_memory_that_is_shared_counts_once():
+    uses = {"weights": 1 << 29, "kv": 1 << 28, "peak_rss": 1 << 32}
+    assert memory_line([uses, uses]) == "weights 1.00 GiB, KV 0.50 GiB"
