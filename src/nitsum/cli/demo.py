@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def _side(model: str, num_ranks: int, events: Path) -> Side:
     """`nitsum serve` in a process of its own."""
     flags = ("--ranks", str(num_ranks), "--events", str(events), "--log-level", "warning")
+    flags += ("--data-dir", str(events.parent / "data"))
     return Side("demo", serve_flags=(model, *flags))
 
 

@@ -15,6 +15,10 @@ from nitsum.metrics.switches import StreamPause, pauses
 def print_switch(console: Console, report: dict[str, Any]) -> None:
     """One switch, as the server reported it: what moved, and how long each phase took."""
     waves = report["waves"]
+    title = f"\n[bold reverse] {report['from_plan']} -> {report['to_plan']} [/]"
+    if not waves:
+        console.print(f"{title} nothing had to move: no lane that is in use was given up\n")
+        return
     moved = sum(wave["num_requests"] for wave in waves)
     cached = sum(wave["num_cached_blocks"] for wave in waves)
     megabytes = sum(wave["bytes_moved"] for wave in waves) / 1e6
@@ -24,8 +28,7 @@ def print_switch(console: Console, report: dict[str, Any]) -> None:
         for name in ("propose", "precopy", "cutover")
     )
     console.print(
-        f"\n[bold reverse] {report['from_plan']} -> {report['to_plan']} [/] "
-        f"{moved} streams and {cached} cached blocks moved in {len(waves)} waves: "
+        f"{title} {moved} streams and {cached} cached blocks moved in {len(waves)} waves: "
         f"{megabytes:.1f} MB copied, {in_place} units stayed in place\n"
         f"         {report['duration_s'] * 1e3:.0f} ms in all: {phases}\n"
     )
@@ -90,5 +93,7 @@ def _median(values: list[float]) -> str:
 
 
 def _milliseconds(values: list[float]) -> str:
-    """The first of `values`, `-` without any."""
-    return f"{1e3 * values[0]:.0f} ms" if values else "-"
+    """The first of `values`, `-` without any; from ten seconds on, in seconds."""
+    if not values:
+        return "-"
+    return f"{1e3 * values[0]:.0f} ms" if values[0] < 10.0 else f"{values[0]:.1f} s"
