@@ -53,7 +53,8 @@ class EngineConfig:
     timeout_s: float = 60.0
     """A step or a move that takes longer ends the worker generation."""
     precopy_units: int = 256
-    """Units one pre-copy message may pull, so that steps in between are not held up for long."""
+    """Units of pre-copies one rank may have before it, so that steps in between are not held up for
+    long."""
     controller: Literal["static", "adaptive"] = "static"
     """adaptive: the engine changes plans by itself when that pays; static: only when told to."""
     cost_path: str = ""

@@ -3,11 +3,12 @@
 64 requests of 2,000 tokens decode in an arena full of cached prefixes. Workers take no time: what
 is under way ends a turn later. Printed for each switch, in milliseconds of processor time:
 
-    fill        the longest turn before requests are cut over, and the number of such turns
+    fill        the median and the longest turn before requests are cut over, and their number
     cut over    the turn that cuts over and composes the first steps of the new lanes
     after       the longest turn after it
     ordinary    the median turn before the switch
-    us/block    all turns of the switch less as many ordinary ones, for each block of the requests
+    us/block    all turns of the switch less as many ordinary ones, cached prefixes and the end of
+                the old lanes' cache included, for each block of the requests
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class InstantExecutor:
 class SwitchTurns:
     """Milliseconds of processor time; see the module."""
 
+    median_fill_ms: float
     fill_ms: float
     num_fill_turns: int
     cut_over_ms: float
@@ -85,7 +87,8 @@ class SwitchTurns:
 
     def __str__(self) -> str:
         return (
-            f"fill {self.fill_ms:.2f} ms ({self.num_fill_turns} turns), cut over "
+            f"fill {self.median_fill_ms:.2f} to {self.fill_ms:.2f} ms "
+            f"({self.num_fill_turns} turns), cut over "
             f"{self.cut_over_ms:.2f}, after {self.after_ms:.2f} ({self.num_after_turns} turns), "
             f"ordinary {self.ordinary_ms:.2f}, {self.us_per_block:.1f} us/block, "
             f"{self.num_waves} wave(s)"
@@ -151,6 +154,7 @@ def time_switch(core: Core, plan: str) -> SwitchTurns:
     cut = next(index for index, (_, is_open) in enumerate(times) if is_open)
     total_ms = sum(ms for ms, _ in times) - ordinary_ms * len(times)
     return SwitchTurns(
+        median_fill_ms=statistics.median([ms for ms, _ in times[:cut]] or [0.0]),
         fill_ms=max((ms for ms, _ in times[:cut]), default=0.0),
         num_fill_turns=cut,
         cut_over_ms=times[cut][0],
@@ -169,7 +173,7 @@ def _turn_ms(core: Core) -> float:
 
 
 def main() -> None:
-    gc.disable()  # as the engine does while it has work
+    gc.disable()  # full collections are rare in the engine's process, too
     for num_ranks, plans in ((2, ("2xTP1", "TP2")), (8, ("8xTP1", "2xTP4")), (8, ("4xTP2", "TP8"))):
         core = busy_core(plans, num_ranks)
         for plan in (*plans[1:], plans[0], *plans[1:], plans[0]):

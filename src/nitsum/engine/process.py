@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -117,12 +118,21 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         )
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
+        _collect_rarely()
         try:
             loop(core, executor, link, parent, tally)
         finally:
             link.close()
     finally:
         executor.close()
+
+
+def _collect_rarely() -> None:
+    """Full collections take tens of milliseconds with a table of blocks for every request, in the
+    middle of a turn, and find nothing: what requests leave behind is not cyclic."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
 
 def _tell(parent: Connection, message: EngineStart) -> None:

@@ -1,0 +1,134 @@
+"""How a switch goes about it: portions, one cut-over, and what may happen in between."""
+
+import pytest
+
+from nitsum.events import StepSent, WaveCommitted
+from nitsum.kv.transfer import Transfer
+from nitsum.plan import Group
+from tests.unit.engine.machine import Machine
+
+WIDE = Group(2, 0)
+
+
+def busy(seed: int = 0, *, num_requests: int = 6, **settings: object) -> Machine:
+    """Two ranks at 2xTP1 with requests in decode."""
+    settings = {"max_num_seqs": 16, "max_batch_tokens": 64, "precopy_units": 6, **settings}
+    machine = Machine(2, units_per_block=2, num_blocks=200, seed=seed, **settings)  # type: ignore[arg-type]
+    machine.switch("2xTP1")
+    machine.run()
+    for i in range(num_requests):
+        machine.submit([i] * (9 + i), max_tokens=60)
+    while any(sequence.num_output < 2 for sequence in machine.core.sequences.values()):
+        machine.turn()
+    return machine
+
+
+def steps_of(machine: Machine, group: Group, since: int = 0) -> list[StepSent]:
+    events = machine.log.events[since:]
+    return [event for event in events if isinstance(event, StepSent) and event.group == group]
+
+
+def turn_until_open(machine: Machine) -> None:
+    switch = machine.core.generation.switcher.current
+    assert switch is not None
+    while not switch.is_open:
+        machine.turn()
+
+
+def test_everybody_cuts_over_together_and_no_lane_takes_turns_before():
+    machine = busy()
+    since = len(machine.log.events)
+    machine.switch("TP2")
+    turn_until_open(machine)
+    before = [event for event in machine.log.events[since:] if isinstance(event, StepSent)]
+    machine.drain()
+    waves = [event for event in machine.log.events if isinstance(event, WaveCommitted)]
+    assert [len(wave.request_ids) for wave in waves if wave.request_ids] == [6]
+    # the turn that opens the new lane cuts over as well; every step before is an old lane's
+    assert sum(event.group == WIDE for event in before) <= 2
+    assert len(before) > 4
+
+
+def test_new_work_stays_with_the_old_lanes_until_the_cut_over_and_moves_with_the_others():
+    machine = busy()
+    machine.switch("TP2")
+    machine.turn()
+    late = machine.submit([9] * 5, max_tokens=30)
+    sequence = machine.core.sequences[late]
+    assert sequence.group is not None
+    assert sequence.group.degree == 1
+    turn_until_open(machine)
+    assert sequence.group == WIDE
+    machine.drain()
+
+
+def test_a_turn_reserves_no_more_than_a_portion(monkeypatch: pytest.MonkeyPatch):
+    machine = busy(precopy_units=64)
+    machine.core.generation.switcher.fill_blocks = 4
+    taken: list[int] = []
+    reserve = Transfer.reserve
+
+    def counting(self: Transfer, sources, *, compacts=True):
+        count = reserve(self, sources, compacts=compacts)
+        taken.append(count)
+        return count
+
+    monkeypatch.setattr(Transfer, "reserve", counting)
+    machine.switch("TP2")
+    portions: list[int] = []
+    switch = machine.core.generation.switcher.current
+    assert switch is not None
+    while not switch.is_open:
+        taken.clear()
+        machine.turn()
+        portions.append(sum(taken))
+    assert max(portions[:-1]) == 4
+    assert sum(portion > 0 for portion in portions) >= 5
+    machine.drain()
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 3, 6, 10, 15, 21])
+@pytest.mark.parametrize("what", ["abort", "cancel", "die"])
+def test_whatever_happens_in_whichever_phase(num_turns: int, what: str):
+    """Accounting is checked after every turn, every answer at the end."""
+    machine = busy(seed=num_turns)
+    machine.switch("TP2")
+    for _ in range(num_turns):
+        machine.turn()
+    if what == "abort":
+        for request_id in list(machine.core.sequences)[::2]:
+            machine.abort(request_id)
+    elif what == "cancel":
+        machine.core.generation.switcher.cancel_wave("the test says so")
+    else:
+        machine.executor.dying = True
+    machine.submit([8] * 6, max_tokens=4)
+    machine.drain()
+    assert machine.core.status("x").plan == "TP2"
+    assert machine.reports[-1].ok
+
+
+def test_dropping_a_request_before_the_cut_over_gives_its_room_back():
+    machine = busy(num_requests=2)
+    kv = machine.core.generation.kv
+    machine.switch("TP2")
+    machine.turn()
+    assert kv.holders
+    machine.core.generation.switcher.cancel_wave("the test says so")
+    held = [h for holder in kv.holders for h in holder.held()]
+    assert all(h.block.group.degree == 1 for h in held)  # only sources, until copies have ended
+    machine.drain()
+    assert not kv.holders
+
+
+def test_there_and_back_stays_in_place():
+    """Pages that were cut in half grow around what was left of them."""
+    machine = busy()
+    for plan in ("TP2", "2xTP1"):
+        machine.switch(plan)
+        while machine.core.generation.switcher.current is not None:
+            machine.turn()
+    wave = machine.reports[-1].waves[0]
+    assert wave.num_requests == 6
+    assert wave.units_in_place > 0
+    machine.drain()
