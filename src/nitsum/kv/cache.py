@@ -270,6 +270,8 @@ class KvCache:
         """What to evict, `block` included, so that a page of `2**order` units is free there."""
         block_order = self.arena.page_order(block.group)
         start = block.pages[rank - block.group.leader] << block_order
+        if block_order >= order and self.pools[rank].refs[start] == 1:
+            return [block]
         first = start >> order << order
         return self._idle_in(rank, first, first + (1 << max(order, block_order)))
 
