@@ -131,6 +131,7 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     """Why the tier it is served as is not the one it asked for."""
     plan: str = ""
     lane: str = ""
+    """Where it is: during a switch, a lane being emptied belongs to the old plan."""
     num_cached: int = 0
     queue_s: float = 0.0
     num_displaced: int = 0

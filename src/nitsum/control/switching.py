@@ -251,6 +251,13 @@ class Switcher:
         self.plan = self.current.dst
         return self._end(self.current, ok=True, message=message)
 
+    def plan_of(self, group: Group | None) -> Plan:
+        """The plan whose lane it is: during a switch, lanes being emptied are the old plan's."""
+        switch = self.current
+        if switch is None or group is None or switch.dst.lane_of(group) is not None:
+            return self.plan
+        return switch.src
+
     @property
     def draining(self) -> list[Group]:
         """Groups that the switch under way empties."""

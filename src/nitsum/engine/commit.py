@@ -112,7 +112,8 @@ class Committer:
         sequence.finish_reason = reason = end_of(sequence)
         if reason is not None:
             self._register(generation, sequence)
-        self.outbox.put_tokens(sequence, [token], generation.switcher.plan.name, logprobs, logits)
+        plan = generation.switcher.plan_of(sequence.group)
+        self.outbox.put_tokens(sequence, [token], plan.name, logprobs, logits)
         if reason is not None:
             self.finish(generation, sequence, reason)
 

@@ -125,6 +125,8 @@ class Machine:
             self.ended[request_id] = "error"
             return
         self.answers[request_id].extend(output.tokens)
+        lanes = {str(lane.group) for lane in self.plans[output.plan].lanes}
+        assert output.lane in lanes, f"{output.plan} has no lane {output.lane}"
         prompt = self.requests[request_id].prompt
         so_far = self.answers[request_id]
         assert so_far == answer_of(prompt, len(so_far)), f"{request_id} lost or repeated a token"
