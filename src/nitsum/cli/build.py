@@ -92,6 +92,7 @@ def build_server_settings(
         admin_key=settings.admin_key or None,
         tiers=build_tiers(settings.tiers),
         drain_s=settings.shutdown_timeout,
+        patience_s=settings.client_timeout,
         stall_s=settings.stall_timeout,
         otlp=settings.otlp,
         tls_cert=Path(settings.tls_cert) if settings.tls_cert else None,

@@ -148,6 +148,12 @@ class ServeSettings(DeviceSettings, PlanSettings):
     shutdown_timeout: float = setting(
         seconds, 30.0, "time for running requests to finish at shutdown, seconds", "SECONDS"
     )
+    client_timeout: float = setting(
+        seconds,
+        60.0,
+        "a client that sends or reads nothing for this long, where it should, is cut off",
+        "SECONDS",
+    )
     stall_timeout: float = setting(
         seconds, 30.0, "/health fails when work waits and no step ends for this long", "SECONDS"
     )

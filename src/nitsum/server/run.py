@@ -14,6 +14,7 @@ import uvicorn
 
 from nitsum.engine.client import EngineClient
 from nitsum.server.app import build_app
+from nitsum.server.patience import patient_protocol
 from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 
@@ -62,6 +63,7 @@ async def serve_async(
         app,
         host=settings.host,
         port=settings.port,
+        http=patient_protocol(settings.patience_s),
         log_config=None,
         access_log=False,
         ws="none",

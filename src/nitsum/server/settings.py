@@ -56,6 +56,8 @@ class ServerSettings:
     """What `service_tier: auto` means."""
     stall_s: float = 30.0
     """`/health` fails when work has waited this long and no step has completed."""
+    patience_s: float = 60.0
+    """A client that sends or reads nothing for this long, where it should, is cut off."""
     drain_s: float = 60.0
     """Time that requests get to finish after SIGTERM."""
     max_body_bytes: int = 32 << 20
