@@ -36,6 +36,8 @@ class Call:
     """Its bearer token; none where it is empty."""
     leaves: bool = False
     """The client goes away in the middle of the answer."""
+    id: str = ""
+    """Its `x-request-id`; the server makes one where it is empty."""
 
     @property
     def streams(self) -> bool:
@@ -155,6 +157,8 @@ _KINDS: dict[int, dict[str, Any]] = {
 async def ask(http: httpx.AsyncClient, call: Call, answer: Answer) -> None:
     """Send a call and fill its answer as it comes."""
     headers = {"authorization": f"Bearer {call.key}"} if call.key else {}
+    if call.id:
+        headers["x-request-id"] = call.id
     async with http.stream("POST", call.path, json=call.body, headers=headers) as response:
         answer.status = response.status_code
         if not call.streams or response.status_code != 200:

@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_checkpoint
-from tests.server.server_kit import make_checkpoint
+from tests.fault.model import make_model
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_checkpoint(folder, "llama", vocab_size=512, max_position_embeddings=1024)
-    return make_checkpoint(folder)
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")

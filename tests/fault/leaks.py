@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,15 +21,14 @@ _SHARED = ("memfd:", "/dev/shm/")
 class Held:
     """Counts that must be the same before and after."""
 
-    server_fds: int
-    engine_fds: int
-    worker_fds: int
+    server_fds: list[str]
+    engine_fds: list[str]
+    worker_fds: list[str]
+    """What their file descriptors are open on."""
     engine_shared_maps: int
     """Memory shared with workers that the engine has mapped."""
-    shared_files: int
-    """Files in /dev/shm."""
-    folders: int
-    """Temporary folders of worker generations."""
+    temporary: int
+    """What there is in its folder for temporary files: sockets of worker generations."""
     processes: int
     """The server's descendants and itself."""
     kv_used: float
@@ -39,22 +41,29 @@ def held(server: RunningServer) -> Held:
     me, engine = psutil.Process(server.process.pid), server.engine()
     state = server.state()
     return Held(
-        server_fds=me.num_fds(),
-        engine_fds=engine.num_fds(),
-        worker_fds=sum(worker.num_fds() for worker in server.workers()),
+        server_fds=_open_on(me),
+        engine_fds=_open_on(engine),
+        worker_fds=[name for worker in server.workers() for name in _open_on(worker)],
         engine_shared_maps=_shared_maps(engine.pid),
-        shared_files=_count(Path("/dev/shm")),
-        folders=sum(1 for _ in Path("/tmp").glob("nitsum-*/engine")),
+        temporary=sum(1 for _ in server.temporary.iterdir()),
         processes=1 + len(me.children(recursive=True)),
         kv_used=max(rank["kv_used"] for rank in state["ranks"]),
         num_open=state["num_open"],
     )
 
 
-def leaked(before: Held, after: Held) -> dict[str, tuple[float, float]]:
-    """What has grown, from and to."""
-    pairs = {name: (value, asdict(after)[name]) for name, value in asdict(before).items()}
-    return {name: (old, new) for name, (old, new) in pairs.items() if new > old}
+def leaked(before: Held, after: Held) -> dict[str, object]:
+    """What has grown, from and to; of descriptors, what is open more often than before."""
+    found: dict[str, object] = {}
+    for name, old in asdict(before).items():
+        new = asdict(after)[name]
+        if isinstance(old, list):
+            more = Counter(new) - Counter(old)
+            if len(new) > len(old):
+                found[name] = dict(more)
+        elif new > old:
+            found[name] = (old, new)
+    return found
 
 
 def rss_mb(process: psutil.Process) -> float:
@@ -73,10 +82,18 @@ def _settle(server: RunningServer) -> None:
         least = min(fds, least)
 
 
+def _open_on(process: psutil.Process) -> list[str]:
+    """Files by name, sockets by kind and state; the ledger's pool of connections left out."""
+    names: list[str] = []
+    sockets = {c.fd: f"{c.family.name} {c.status}" for c in process.net_connections("all")}
+    for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            name = os.readlink(fd)
+            if "ledger" not in name:
+                names.append(sockets.get(int(fd.name), name.partition(":[")[0]))
+    return sorted(names)
+
+
 def _shared_maps(pid: int) -> int:
     lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
     return sum(any(kind in line for kind in _SHARED) for line in lines)
-
-
-def _count(folder: Path) -> int:
-    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,15 +25,17 @@ class RunningServer:
 
     def __init__(self, checkpoint: Path, folder: Path, *flags: str) -> None:
         self.lines: list[str] = []
+        # Short, because paths of sockets may not be long.
+        self.temporary = Path(tempfile.mkdtemp(prefix="ns-", dir="/tmp"))
         command = [sys.executable, "-m", "nitsum.cli", "serve", str(checkpoint), "--port", "0"]
         # Nothing of one test reaches another, or the user's own files.
-        surroundings = {**os.environ, "XDG_DATA_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+        own = {"XDG_DATA_HOME": str(folder), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, "--threads", "1", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=surroundings,
+            env={**os.environ, **own},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -69,6 +73,7 @@ class RunningServer:
         self._reader.join(5)
         assert self.process.stdout is not None
         self.process.stdout.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
         return self.process.wait()
 
     def engine(self) -> psutil.Process:

@@ -39,8 +39,18 @@ def check_range(
     if not low <= value <= high or (above and value == low):
         least = f"above {low:g}" if above else f"at least {low:g}"
         raise bad_request(
-            f"{param} must be {least} and at most {high:g}, not {value:g}.", param, "invalid_value"
+            f"{param} must be {least} and at most {high:g}, not {_shown(value)}.",
+            param,
+            "invalid_value",
         )
+
+
+def _shown(value: float) -> str:
+    """JSON's whole numbers know no bounds; what no float can hold is not repeated."""
+    try:
+        return f"{value:g}"
+    except OverflowError:
+        return "a number this long"
 
 
 def check_common(body: CommonBody, limits: Limits) -> None:
