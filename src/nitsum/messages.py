@@ -126,6 +126,8 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     retry_after_s: float | None = None
     logprobs: list[TokenLogprobs] = []
     logits: list[bytes] = []
+    hidden: bytes | None = None
+    """Float32 [hidden size], with the first token of a request that asked for it."""
     tier: str = "default"
     reason: str | None = None
     """Why the tier it is served as is not the one it asked for."""
@@ -317,6 +319,8 @@ class StepDone(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     """Time the worker spent in the step, waiting for peers included."""
     logprobs: list[TokenLogprobs | None] = []
     logits: list[bytes | None] = []
+    hidden: list[bytes | None] = []
+    """Float32 [hidden size] of the position a token was drawn from, where it was asked for."""
     idle_s: float = 0.0
     """On a GPU: time from the end of what the rank's device did before to the start of the step."""
 

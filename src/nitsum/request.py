@@ -38,6 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Teacher forcing, for verification: the first tokens of the answer are these."""
     return_logits: bool = False
     """For verification: float32 logits of each sampled position come back with its token."""
+    return_hidden: bool = False
+    """For embeddings: the last layer's normed state at the prompt's last token comes back."""
     grammar: str | None = None
     """What the answer must match, in llguidance's notation; it ends where the grammar does."""
 

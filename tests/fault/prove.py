@@ -75,6 +75,7 @@ def siege(args: argparse.Namespace, model: Path, folder: Path) -> Found:
         leaks = leaked(before, held(server))
         traces = [line for line in server.lines if "Traceback" in line]
     growth = found.growth_mb()
+    print("server, MB:", [round(one["server"]) for one in found.memory_mb], file=sys.stderr)
     by_status: Counter[str] = Counter()
     for (_, status), count in found.statuses.items():
         by_status[f"num_status_{status or 'none'}"] += count
@@ -89,7 +90,7 @@ def siege(args: argparse.Namespace, model: Path, folder: Path) -> Found:
         "good_round_before_s": found.calm_s,
         "good_round_meanwhile_s": found.besieged_s,
         **{f"growth_{name}_mb": mb for name, mb in growth.items()},
-        **{f"end_{name}_mb": mb for name, mb in found.end_mb.items()},
+        **{f"end_{name}_mb": mb for name, mb in found.memory_mb[-1].items()},
         "num_leaks": len(leaks),
         "siege_s": found.seconds,
     }

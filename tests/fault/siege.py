@@ -19,8 +19,8 @@ from tests.fault.running import RunningServer
 from tests.fault.trouble import open_client
 
 NUM_AT_A_TIME = 32
-WARM_SHARE = 0.3
-"""Of the requests, after which memory must not grow any more: by then caches are full."""
+WARM_SAMPLE = 8
+"""Of 20, after which memory must not grow any more: by then caches are full."""
 
 
 @dataclass
@@ -36,15 +36,17 @@ class Siege:
     calm_s: float = 0.0
     besieged_s: float = 0.0
     """Median time of a good round, before and meanwhile."""
-    warm_mb: dict[str, float] = field(default_factory=dict[str, float])
-    end_mb: dict[str, float] = field(default_factory=dict[str, float])
+    memory_mb: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """After every twentieth of the requests, and at the end."""
     seconds: float = 0.0
 
     def server_errors(self) -> Counter[tuple[str, int | None]]:
         return Counter({key: n for key, n in self.statuses.items() if (key[1] or 0) >= 500})
 
     def growth_mb(self) -> dict[str, float]:
-        return {name: self.end_mb[name] - mb for name, mb in self.warm_mb.items()}
+        """From when it was warm to the end."""
+        warm, end = self.memory_mb[WARM_SAMPLE], self.memory_mb[-1]
+        return {name: end[name] - mb for name, mb in warm.items()}
 
 
 def besiege(server: RunningServer, calls: list[Call], num_requests: int, seed: int = 0) -> Siege:
@@ -68,7 +70,7 @@ async def _besiege(server: RunningServer, calls: list[Call], num_requests: int, 
         siege.besieged_s = statistics.median(await good)
         attacker.close()
         await asyncio.sleep(1.0)
-        siege.end_mb = _memory(server)
+        siege.memory_mb.append(_memory(server))
         await _round(http, reference, siege)
     return siege
 
@@ -80,8 +82,8 @@ async def _attacks(
 
     async def one_after_another() -> None:
         for number in numbers:
-            if number == int(WARM_SHARE * num_requests):
-                siege.warm_mb = _memory(server)
+            if number % max(1, num_requests // 20) == 0:
+                siege.memory_mb.append(_memory(server))
             try:
                 siege.statuses[await attacker.attack()] += 1
             except TimeoutError:

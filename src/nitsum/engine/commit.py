@@ -34,9 +34,13 @@ class Committer:
         default_factory=lambda: defaultdict[str, dict[int, Drawn]](dict)
     )
     """Tokens whose predecessor is still on its way from the lane the request just left."""
+    hidden: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """What requests asked to hear with their first token, until it is told."""
 
     def commit(self, generation: Generation, step: StepInFlight, done: StepDone) -> None:
         """Every chunk of the step: confirm its positions, take its token."""
+        if done.hidden:
+            self._keep_hidden(step, done)
         counts: list[tuple[str, int]] = []
         drawn, now = iter(_drawn(done)), generation.now()
         size = generation.kv.arena.block_tokens
@@ -75,6 +79,7 @@ class Committer:
         sequence.state = SeqState.FINISHED
         self.sequences.pop(sequence.request_id, None)
         self.early.pop(sequence.request_id, None)
+        self.hidden.pop(sequence.request_id, None)
         generation.emit(
             Finished(
                 at_s=generation.now(),
@@ -113,9 +118,16 @@ class Committer:
         if reason is not None:
             self._register(generation, sequence)
         plan = generation.switcher.plan_of(sequence.group)
-        self.outbox.put_tokens(sequence, [token], plan.name, logprobs, logits)
+        hidden = self.hidden.pop(sequence.request_id, None) if self.hidden else None
+        self.outbox.put_tokens(sequence, [token], plan.name, logprobs, logits, hidden)
         if reason is not None:
             self.finish(generation, sequence, reason)
+
+    def _keep_hidden(self, step: StepInFlight, done: StepDone) -> None:
+        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        for sequence, hidden in zip(sampled, done.hidden, strict=True):
+            if hidden is not None and not sequence.is_finished and not sequence.num_output:
+                self.hidden[sequence.request_id] = hidden
 
     def _register(self, generation: Generation, sequence: Sequence) -> None:
         """Full blocks whose tokens are known and whose KV is confirmed may be shared."""

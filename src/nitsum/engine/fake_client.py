@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from nitsum.engine.client import SwitchListener, engine_gone, gone_output
@@ -118,6 +119,7 @@ class FakeEngineClient:
             reason=why,
             plan=self._plan,
             lane=str(Group(1, 0)),
+            hidden=hidden_of(request) if request.sampling.return_hidden else None,
             num_cached=self._num_cached,
             queue_s=0.002,
         )
@@ -180,6 +182,11 @@ def answer_of(script: Sequence[int], sampling: SamplingParams) -> tuple[list[int
         if len(tokens) == sampling.max_tokens:
             return tokens, "length"
     return tokens, "stop"
+
+
+def hidden_of(request: Request) -> bytes:
+    """A state that no other prompt of a test has: 3, 4 and the sum of its tokens."""
+    return array("f", (3.0, 4.0, float(sum(request.prompt)))).tobytes()
 
 
 def _logprobs(tokens: list[int], num_top: int | None) -> list[TokenLogprobs]:

@@ -23,6 +23,7 @@ class Outbox:
         plan: str,
         logprobs: TokenLogprobs | None = None,
         logits: bytes | None = None,
+        hidden: bytes | None = None,
     ) -> None:
         """New tokens of a sequence, with its end if it has one."""
         started_s = sequence.first_scheduled_s
@@ -33,6 +34,7 @@ class Outbox:
                 sequence.finish_reason,
                 logprobs=[] if logprobs is None else [logprobs],
                 logits=[] if logits is None else [logits],
+                hidden=hidden,
                 tier=sequence.tier,
                 reason=sequence.tier_reason,
                 plan=plan,

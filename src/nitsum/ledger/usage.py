@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from nitsum.ledger.store import RECORDS, Store
 
+UsageKind = Literal["completions", "embeddings"]
+_EMBEDDINGS = "/v1/embeddings"
 GROUPS = {
     "service_tier": RECORDS.c.tier_served,
     "api_key_id": RECORDS.c.key_id,
@@ -32,6 +34,7 @@ class UsageQuery:
     models: tuple[str, ...] = ()
     key_ids: tuple[str, ...] = ()
     batch: bool | None = None
+    kind: UsageKind = "completions"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def _sums() -> Sequence[sa.ColumnElement[Any]]:
 def _filters(query: UsageQuery, since_ms: int, until_ms: int) -> list[sa.ColumnElement[bool]]:
     c = RECORDS.c
     found: list[sa.ColumnElement[bool]] = [c.billed, c.at_ms >= since_ms, c.at_ms < until_ms]
+    embeds = c.endpoint == _EMBEDDINGS
+    found.append(embeds if query.kind == "embeddings" else sa.not_(embeds))
     if query.tenant is not None:
         found.append(c.tenant == query.tenant)
     if query.models:

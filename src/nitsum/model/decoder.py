@@ -6,6 +6,8 @@ all-reduce. At degree 1 the same code runs and `comm` has nothing to do.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +19,15 @@ from nitsum.model.views import LayerWeights, ModelWeights
 from nitsum.shape import Geometry
 
 
+class Computed(NamedTuple):
+    """What a step gives for each of the m positions that a token is drawn from."""
+
+    logits: torch.Tensor
+    """[m, vocabulary] float32, without padding, on every rank."""
+    hidden: torch.Tensor
+    """[m, hidden], normed: what the logits are a product of."""
+
+
 @torch.inference_mode()
 def forward(
     geometry: Geometry,
@@ -26,13 +37,26 @@ def forward(
     step: StepInput,
     backend: Backend = TorchOps,
 ) -> torch.Tensor:
-    """One step on one rank: logits [m, vocabulary] float32, without padding, on every rank.
+    """One step on one rank; the logits of `compute`."""
+    return compute(geometry, weights, comm, kv, step, backend).logits
+
+
+@torch.inference_mode()
+def compute(
+    geometry: Geometry,
+    weights: ModelWeights,
+    comm: Comm,
+    kv: KvPages,
+    step: StepInput,
+    backend: Backend = TorchOps,
+) -> Computed:
+    """One step on one rank.
 
     Writes the step's k and v into their pages. All ranks of the lane must call this with the same
     tokens and the weights of their own shard at `comm.degree`.
     """
-    x = hidden_states(geometry, weights, comm, kv, step, backend)
-    return compute_logits(geometry, weights, comm, x[step.sample_rows])
+    x = hidden_states(geometry, weights, comm, kv, step, backend)[step.sample_rows]
+    return Computed(compute_logits(geometry, weights, comm, x), x)
 
 
 @torch.inference_mode()
@@ -44,7 +68,7 @@ def hidden_states(
     step: StepInput,
     backend: Backend,
 ) -> torch.Tensor:
-    """All but the last product: [n, hidden], normed. See `forward`."""
+    """All but the last product: [n, hidden], normed. See `compute`."""
     assert (weights.degree, weights.shard) == (comm.degree, comm.shard), "weights of another shard"
     heads = Heads.of(geometry, weights.degree, weights.shard)
     ops = backend(geometry.shape, heads, weights.embedding.dtype, kv, step)

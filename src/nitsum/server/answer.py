@@ -80,10 +80,7 @@ class Answer:
 
         Raises `ApiError` when the output is an error.
         """
-        if output.error is not None or output.finish_reason in ("abort", "error"):
-            raise error_of(output)
-        self.tier = output.tier
-        self.num_cached = output.num_cached
+        self.note(output)
         piece = Piece(self.index)
         if self._is_simple and output.finish_reason is None and not output.logprobs:
             self._add_text(piece, output.tokens)
@@ -97,6 +94,13 @@ class Answer:
         if piece.finish_reason is not None:
             self._finish(piece)
         return piece
+
+    def note(self, output: Output) -> None:
+        """What an output says beside its tokens; raises `ApiError` when it is an error."""
+        if output.error is not None or output.finish_reason in ("abort", "error"):
+            raise error_of(output)
+        self.tier = output.tier
+        self.num_cached = output.num_cached
 
     def _add_text(self, piece: Piece, tokens: list[int]) -> None:
         """What the loop of `add` does, where nothing is looked for and nothing held back."""

@@ -19,6 +19,7 @@ from nitsum.server.batchwork import open_work
 from nitsum.server.books import open_books
 from nitsum.server.chat import chat_completions
 from nitsum.server.completions import completions
+from nitsum.server.embeddings import embeddings
 from nitsum.server.fields import Limits
 from nitsum.server.keys import KeyRing
 from nitsum.server.metrics import Metrics
@@ -27,7 +28,7 @@ from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec, load_codec
 from nitsum.server.tracing import CallerTrace, Tracing
-from nitsum.server.usage import completions_usage
+from nitsum.server.usage import completions_usage, embeddings_usage
 from nitsum.tier import TierSet
 
 _LAST_ENTRIES_S = 2.0
@@ -35,10 +36,12 @@ _LAST_ENTRIES_S = 2.0
 ROUTES = (
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/models", info.models),
     Route("/v1/models/{name:path}", info.model),
     Route("/v1/tiers", info.tiers),
     Route("/v1/organization/usage/completions", completions_usage),
+    Route("/v1/organization/usage/embeddings", embeddings_usage),
     Route("/tokenize", info.tokenize, methods=["POST"]),
     Route("/detokenize", info.detokenize, methods=["POST"]),
     Route("/v1/files", files.create, methods=["POST"]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINES = 50_000
 _MAX_TOLD = 100
 """Errors of one file that are told."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nitsum.errors import ApiError, bad_request
 from nitsum.server.keyfile import Key
 from nitsum.server.keys import clamp
-from nitsum.server.schema import CommonBody
+from nitsum.server.schema import CallerBody
 from nitsum.tier import TierSet
 
 _TIER_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
@@ -67,7 +67,7 @@ class Entrance:
 
 def read_caller(
     headers: Headers,
-    body: CommonBody,
+    body: CallerBody,
     tiers: TierSet,
     default_tier: str,
     entrance: Entrance,

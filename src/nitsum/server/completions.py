@@ -74,7 +74,9 @@ async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[in
     return found
 
 
-def split_prompts(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+def split_prompts(
+    prompt: str | list[str | int | list[int]] | None, param: str = "prompt"
+) -> list[str | list[int]]:
     """One text or list of ids, or a list of either, as a list of prompts."""
     if prompt is None or isinstance(prompt, str):
         return [prompt or ""]
@@ -83,7 +85,7 @@ def split_prompts(prompt: str | list[str | int | list[int]] | None) -> list[str 
         return [cast("list[int]", prompt)]
     if len(kinds) > 1:
         raise bad_request(
-            "prompt must be a text, a list of token ids, or a list of only one of these.", "prompt"
+            f"{param} must be a text, a list of token ids, or a list of only one of these.", param
         )
     return cast("list[str | list[int]]", prompt)
 

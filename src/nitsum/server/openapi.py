@@ -18,11 +18,12 @@ from nitsum.server.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     SwitchBody,
     TokenizeBody,
 )
 from nitsum.server.service import service_of
-from nitsum.server.shapes import ChatCompletion, Completion
+from nitsum.server.shapes import ChatCompletion, Completion, Embeddings
 from nitsum.server.state import State
 from nitsum.tier import SERVICE_TIERS
 
@@ -79,6 +80,9 @@ OPERATIONS = (
         Completion,
         streams=True,
         errors=_SERVED,
+    ),
+    Operation(
+        "post", "/v1/embeddings", "Vectors of texts", EmbeddingBody, Embeddings, errors=_SERVED
     ),
     Operation("get", "/v1/models", "Models, with their tiers", errors=_ASKED),
     Operation("get", "/v1/models/{name}", "One model", errors=(401, 404)),
@@ -139,7 +143,7 @@ def _operation(one: Operation, model_name: str) -> dict[str, Any]:
         found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
     if one.body is not None:
         content: dict[str, Any] = {"schema": _ref(one.body)}
-        if issubclass(one.body, ChatBody | CompletionBody):
+        if issubclass(one.body, ChatBody | CompletionBody | EmbeddingBody):
             content["schema"] = {"allOf": [content["schema"], _known_tiers()]}
         found["requestBody"] = {"required": True, "content": {JSON: content}}
     return found

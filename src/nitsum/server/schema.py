@@ -23,10 +23,28 @@ class StreamOptions(msgspec.Struct):
     include_obfuscation: bool | None = None
 
 
-class CommonBody(msgspec.Struct, kw_only=True):
-    """Fields of both completion endpoints; None is "not given" everywhere."""
+class CallerBody(msgspec.Struct, kw_only=True):
+    """Fields that say who asks and how urgently; None is "not given" everywhere."""
 
     model: str | None = None
+    user: str | None = None
+    """Names who shares fairly with others, unless a header does."""
+    safety_identifier: str | None = None
+    """OpenAI's new name for `user`."""
+    metadata: dict[str, str] | None = None
+    """`chain_id` names an agent's chain; other keys mean nothing to the server."""
+    service_tier: str | None = None
+    priority: int | None = None
+
+
+class EmbeddingBody(CallerBody, kw_only=True):
+    input: str | list[str | int | list[int]]
+    encoding_format: str | None = None
+
+
+class CommonBody(CallerBody, kw_only=True):
+    """Fields of both completion endpoints."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -47,14 +65,6 @@ class CommonBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     """Adds `token_ids` to each choice."""
-    user: str | None = None
-    """Names who shares fairly with others, unless a header does."""
-    safety_identifier: str | None = None
-    """OpenAI's new name for `user`."""
-    metadata: dict[str, str] | None = None
-    """`chain_id` names an agent's chain; other keys mean nothing to the server."""
-    service_tier: str | None = None
-    priority: int | None = None
     prompt_cache_key: str | None = None
     """A hint where a prefix may be cached; prefixes are found by content, with or without it."""
 
@@ -196,6 +206,16 @@ COMPLETION_REFUSED: Mapping[str, tuple[object, ...]] = {
     "add_special_tokens": (True,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
+}
+EMBEDDING_REFUSED: Mapping[str, tuple[object, ...]] = {
+    "add_special_tokens": (True,),
+    "continue_final_message": (False,),
+    "dimensions": (),
+    "embed_dtype": ("float32",),
+    "messages": (),
+    "normalize": (True,),
+    "truncate_prompt_tokens": (),
+    "use_activation": (True,),
 }
 NOTHING_REFUSED: Mapping[str, tuple[object, ...]] = {}
 

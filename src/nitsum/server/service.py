@@ -17,7 +17,7 @@ from nitsum.server.fields import Limits, check_token, too_long
 from nitsum.server.keyfile import Key
 from nitsum.server.keys import KeyRing
 from nitsum.server.metrics import Metrics
-from nitsum.server.schema import CommonBody
+from nitsum.server.schema import CallerBody
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec
 from nitsum.tier import TierSet
@@ -87,8 +87,11 @@ class Service:
                 retry_after_s=5.0,
             )
 
-    def caller(self, request: HttpRequest, body: CommonBody) -> Caller:
-        """Who asks. The clock started when the request's head arrived."""
+    def caller(self, request: HttpRequest, body: CallerBody, auto: str | None = None) -> Caller:
+        """Who asks. The clock started when the request's head arrived.
+
+        `auto` is the tier that `service_tier: auto` means, if it is not the server's default.
+        """
         scope = request.scope
         entrance = Entrance(
             request_id=cast(str, scope.get("nitsum.request_id", "")),
@@ -97,7 +100,8 @@ class Service:
             key=key_of(request),
             batch_id=cast("str | None", scope.get("nitsum.batch_id")),
         )
-        return read_caller(request.headers, body, self.tiers, self.settings.default_tier, entrance)
+        auto = auto or self.settings.default_tier
+        return read_caller(request.headers, body, self.tiers, auto, entrance)
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text, off the event loop when it is long."""

@@ -24,6 +24,26 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Embedding(msgspec.Struct):
+    index: int
+    embedding: list[float] | str
+    """Numbers, or the same as base64 of little-endian float32."""
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(msgspec.Struct):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    service_tier: str
+    object: Literal["list"] = "list"
+
+
 class TopLogprob(msgspec.Struct):
     token: str
     logprob: float

@@ -1,4 +1,4 @@
-"""`/v1/organization/usage/completions`: the ledger in OpenAI's buckets."""
+"""`/v1/organization/usage/...`: the ledger in OpenAI's buckets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nitsum.errors import ApiError, bad_request
 from nitsum.ledger.store import Store
-from nitsum.ledger.usage import GROUPS, UsageQuery, UsageSum, read_usage
+from nitsum.ledger.usage import GROUPS, UsageKind, UsageQuery, UsageSum, read_usage
 from nitsum.server.books import Books
 from nitsum.server.respond import json_response
 from nitsum.server.service import key_of, service_of
@@ -24,9 +24,18 @@ _UNSUPPORTED = ("project_ids", "user_ids")
 
 async def completions_usage(http: HttpRequest) -> Response:
     """Tokens and calls by time. A caller with a key sees its tenant's, others see everybody's."""
+    return await _usage(http, "completions")
+
+
+async def embeddings_usage(http: HttpRequest) -> Response:
+    """The same of embeddings."""
+    return await _usage(http, "embeddings")
+
+
+async def _usage(http: HttpRequest, kind: UsageKind) -> Response:
     books = service_of(http).books
     key = key_of(http)
-    query = _query(http.query_params, None if key is None else key.tenant)
+    query = _query(http.query_params, kind, None if key is None else key.tenant)
     found = await asyncio.to_thread(_read, books, query)
     return json_response(_page(query, found))
 
@@ -53,7 +62,7 @@ def _stored(books: Books) -> Store:
     return books.store
 
 
-def _query(params: QueryParams, tenant: str | None) -> UsageQuery:
+def _query(params: QueryParams, kind: UsageKind, tenant: str | None) -> UsageQuery:
     for name in _UNSUPPORTED:
         if _values(params, name):
             raise bad_request(f"{name} means nothing to this server. Leave it out.", name)
@@ -62,6 +71,7 @@ def _query(params: QueryParams, tenant: str | None) -> UsageQuery:
     if first_s is None:
         raise bad_request("start_time is required (Unix seconds).", "start_time")
     return UsageQuery(
+        kind=kind,
         start_s=_page_start(params, first_s),
         end_s=_number(params, "end_time", None) or int(time.time()) + 1,
         width_s=width_s,
@@ -144,14 +154,14 @@ def _bucket(query: UsageQuery, start_s: int, sums: Sequence[UsageSum]) -> dict[s
         "object": "bucket",
         "start_time": start_s,
         "end_time": min(start_s + query.width_s, query.end_s),
-        "results": [_result(one) for one in sums],
+        "results": [_result(one, query.kind) for one in sums],
     }
 
 
-def _result(one: UsageSum) -> dict[str, object]:
+def _result(one: UsageSum, kind: UsageKind) -> dict[str, object]:
     names = ("project_id", "user_id", *GROUPS)
     return {
-        "object": "organization.usage.completions.result",
+        "object": f"organization.usage.{kind}.result",
         "input_tokens": one.num_input,
         "output_tokens": one.num_output,
         "input_cached_tokens": one.num_cached,

@@ -34,7 +34,7 @@ from nitsum.messages import (
     encode,
     to_worker_decoder,
 )
-from nitsum.model.decoder import forward
+from nitsum.model.decoder import Computed, compute
 from nitsum.model.interface import KvPages, StepInput
 from nitsum.shape import Geometry, ModelShape
 from nitsum.shared import Shared
@@ -142,11 +142,11 @@ def _load(spec: WorkerSpec, geometry: Geometry) -> ResidentWeights:
     return load_weights(geometry, spec.rank, source, dtype=dtype)
 
 
-def _bind(geometry: Geometry, weights: ResidentWeights) -> Callable[..., torch.Tensor]:
+def _bind(geometry: Geometry, weights: ResidentWeights) -> Callable[..., Computed]:
     """The decoder with the shard that a step's group asks for."""
 
-    def call(step: StepInput, comm: GroupComm, pages: KvPages) -> torch.Tensor:
-        return forward(geometry, weights.views(comm.degree, comm.shard), comm, pages, step)
+    def call(step: StepInput, comm: GroupComm, pages: KvPages) -> Computed:
+        return compute(geometry, weights.views(comm.degree, comm.shard), comm, pages, step)
 
     return call
 

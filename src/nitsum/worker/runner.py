@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from nitsum.messages import Join, Move, MoveDone, Pages, Step, StepDone, Work, WorkerSpec
+from nitsum.model.decoder import Computed
 from nitsum.model.interface import StepInput
 from nitsum.plan import Group
 from nitsum.request import SamplingParams
@@ -21,8 +22,8 @@ from nitsum.worker.move import Mover
 from nitsum.worker.sampler import Drawn, sample
 from nitsum.worker.slots import Slots, map_rows
 
-Forward = Callable[[StepInput, GroupComm, arenas.Pages], torch.Tensor]
-"""One pass of the model on this rank: float32 logits [m, vocabulary], without padding."""
+Forward = Callable[[StepInput, GroupComm, arenas.Pages], Computed]
+"""One pass of the model on this rank."""
 
 WARM_UP_TOKENS = 8
 
@@ -76,14 +77,12 @@ class Runner:
         started_s = time.monotonic()
         comm = self._comms[step.group]
         self._take_in(step, comm.member)
-        logits = self._forward(self._slots.step_input(step.work), comm, self._pages[step.group])
-        drawn = self._sample(step, comm, logits)
+        computed = self._forward(self._slots.step_input(step.work), comm, self._pages[step.group])
+        drawn = self._sample(step, comm, computed)
         if drawn is None:
             return None
         seconds = time.monotonic() - started_s
-        return StepDone(
-            step.step_id, self._spec.rank, drawn.tokens, seconds, drawn.logprobs, drawn.logits
-        )
+        return StepDone(step.step_id, self._spec.rank, drawn.tokens, seconds, *drawn[1:])
 
     def _take_in(self, step: Step, member: int) -> None:
         for join in step.joins:
@@ -91,13 +90,13 @@ class Runner:
         for pages in step.pages:
             self._slots.set_pages(pages, member)
 
-    def _sample(self, step: Step, comm: GroupComm, logits: torch.Tensor) -> Drawn | None:
+    def _sample(self, step: Step, comm: GroupComm, computed: Computed) -> Drawn | None:
         """The leader draws; every rank writes the tokens into its rows. None but on the leader."""
-        num_samples = logits.shape[0]
+        logits, hidden = computed
         draws = self._slots.draws(step.work)
-        drawn = sample(logits, draws, self._grammars) if comm.is_leader else None
-        if num_samples:
-            tokens = comm.broadcast(None if drawn is None else drawn.tokens, num_samples)
+        drawn = sample(logits, draws, self._grammars, hidden) if comm.is_leader else None
+        if draws:
+            tokens = comm.broadcast(None if drawn is None else drawn.tokens, len(draws))
             self._slots.record(step.work, tokens)
         return drawn
 

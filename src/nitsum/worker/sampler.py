@@ -31,17 +31,24 @@ class Drawn(NamedTuple):
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
     logits: list[bytes | None]
+    hidden: list[bytes | None]
 
 
 def sample(
-    logits: torch.Tensor, draws: Sequence[Draw], grammars: GrammarMasks | None = None
+    logits: torch.Tensor,
+    draws: Sequence[Draw],
+    grammars: GrammarMasks | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> Drawn:
     """Draw from float32 `logits` [m, V], one row a draw; `logits` stays as it is.
 
-    `grammars` is needed where a draw has a grammar.
+    `grammars` is needed where a draw has a grammar, `hidden` [m, hidden] where one asks for it.
     """
     tokens = _draw_all(logits, draws, grammars)
-    return Drawn(tokens, _all_logprobs(logits, draws, tokens), _all_logits(logits, draws))
+    scores = _all_logprobs(logits, draws, tokens)
+    raw = _rows(logits, [draw.sampling.return_logits for draw in draws])
+    states = _rows(hidden, [draw.sampling.return_hidden for draw in draws])
+    return Drawn(tokens, scores, raw, states)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -214,10 +221,12 @@ def _logprobs(row: torch.Tensor, token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(float(logprobs[token]), top.indices.tolist(), top.values.tolist())
 
 
-def _all_logits(logits: torch.Tensor, draws: Sequence[Draw]) -> list[bytes | None]:
-    if not any(draw.sampling.return_logits for draw in draws):
+def _rows(values: torch.Tensor | None, wanted: Sequence[bool]) -> list[bytes | None]:
+    """Rows of [m, width] as float32 bytes, where they are wanted; none at all if nowhere."""
+    if not any(wanted):
         return []
+    assert values is not None
     return [
-        row.numpy().tobytes() if draw.sampling.return_logits else None
-        for row, draw in zip(logits, draws, strict=True)
+        row.float().numpy().tobytes() if wants else None
+        for row, wants in zip(values, wanted, strict=True)
     ]
