@@ -14,7 +14,7 @@ from tests.fault.siege import besiege
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(1200)]
 
-NUM_REQUESTS = 1000
+NUM_REQUESTS = 400
 GROWTH_MB = 25.0
 """Noise of the allocator; a body kept per request would be many times that."""
 

@@ -124,3 +124,14 @@ def test_files_that_compose_mounts_exist():
     services = documents(folder / "compose.yaml")[0]["services"]
     mounts = [volume.split(":")[0] for one in services.values() for volume in one["volumes"]]
     assert [path for path in mounts if path[0] == "." and not (folder / path).exists()] == []
+
+
+def test_mounts_have_volumes_and_ranks_have_shared_memory():
+    pod = kubernetes("Deployment")["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert set(mounts.values()) == set(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    claims = {d["metadata"]["name"] for d in documents(DEPLOY / "kubernetes/nitsum.yaml")}
+    own = volumes[mounts["/data"]]["persistentVolumeClaim"]["claimName"]
+    assert own in claims
