@@ -13,6 +13,9 @@ GET = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 ANSWER_S = 120.0
 """On a busy machine; a server that has not answered by then is stuck."""
 
+LARGEST = 33 << 20
+"""More than a server takes."""
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 BODIES: dict[str, dict[str, Any]] = {
@@ -46,6 +49,13 @@ BODIES: dict[str, dict[str, Any]] = {
         "priority": 1,
         "stream": True,
         "stream_options": {"include_usage": True},
+    },
+    "/v1/embeddings": {
+        "input": ["hi", "there"],
+        "encoding_format": "base64",
+        "user": "u",
+        "service_tier": "batch",
+        "metadata": {"chain_id": "c"},
     },
     "/tokenize": {"prompt": "hi", "add_special_tokens": True, "return_token_strs": True},
     "/detokenize": {"tokens": [1, 2, 3]},
@@ -199,12 +209,18 @@ class Attacker:
 
     async def huge_prompt(self) -> int | None:
         size = self.draw.choice((200_000, 1_000_000, 4_000_000))
-        if self.draw.random() < 0.05:
-            size = 33 << 20
-        prompt: Any = "word " * (size // 5)
+        return await self.prompt_of(LARGEST if self.draw.random() < 0.05 else size)
+
+    async def prompt_of(self, num_bytes: int) -> int | None:
+        prompt: Any = "word " * (num_bytes // 5)
         if self.draw.random() < 0.3:
-            prompt = [1] * (size // 4)
+            prompt = [1] * (num_bytes // 4)
         return await self.send("/v1/completions", json.dumps({"prompt": prompt}).encode())
+
+    async def fill(self) -> None:
+        """The largest bodies, several at once: the allocator keeps some of it for good."""
+        for size in (LARGEST, 4_000_000, 4_000_000):
+            await asyncio.gather(*(self.prompt_of(size) for _ in range(4)), return_exceptions=True)
 
     async def broken_upload(self) -> int | None:
         part = b'--b\r\ncontent-disposition: form-data; name="file"; filename="\xff/../x"\r\n\r\n'

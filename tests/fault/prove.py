@@ -96,6 +96,7 @@ def siege(args: argparse.Namespace, model: Path, folder: Path) -> Found:
     }
     problems = [*found.wrong, *traces, *(f"leak: {name} {what}" for name, what in leaks.items())]
     problems += [f"{key}: {n}" for key, n in found.server_errors().items()]
+    problems += [f"memory grew: {growth}"] if found.grows() else []
     problems += ["a request got no answer"] * len(found.stuck)
     return figures, problems if same_workers else [*problems, "workers were started anew"]
 
