@@ -26,7 +26,7 @@ CLIENTS := .venv-clients
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-gpu test-browser test-clients browser check lint types format clean
+.PHONY: help serve demo test test-gpu test-browser test-clients prove browser check lint types format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet -r tests/clients/requirements.txt -c tests/clients/constraints.txt
 	@touch $@
+
+prove: $(STAMP) ## Faults, malformed requests and the ledger at full size (half an hour)
+	@for run in trouble siege ledger; do echo "== $$run"; $(PY) -m tests.fault.prove $$run || exit 1; done
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu

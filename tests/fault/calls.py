@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.fault.streams import TIE_NATS
+from tests.fault.streams import TIE_NATS, event_lines
 
 TIERS = ("priority", "default", "flex", "batch")
 NUM_KINDS = 8
@@ -165,10 +165,10 @@ async def ask(http: httpx.AsyncClient, call: Call, answer: Answer) -> None:
             answer.take(json.loads(await response.aread()))
             answer.done = True
             return
-        async for line in response.aiter_lines():
+        async for line in event_lines(response):
             if line == "data: [DONE]":
                 answer.done = True
-            elif line:
+            else:
                 answer.take(json.loads(line.removeprefix("data: ")))
             if call.leaves and answer.num_tokens >= _LEAVES_AFTER:
                 answer.left = True

@@ -70,7 +70,7 @@ class RunningServer:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        self._reader.join(5)
+        self._reader.join(60)
         assert self.process.stdout is not None
         self.process.stdout.close()
         shutil.rmtree(self.temporary, ignore_errors=True)

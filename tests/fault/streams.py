@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,19 @@ async def run_stream(http: httpx.AsyncClient, request: dict[str, Any], into: Str
         if answer.status_code != 200:
             into.error = json.loads(await answer.aread())["error"]
             return
-        async for line in answer.aiter_lines():
+        async for line in event_lines(answer):
+            into.take(line)
+
+
+async def event_lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """`data: ...` of each event. Only line feeds end one: `aiter_lines` would also cut texts at
+    characters that Unicode calls line breaks, which JSON leaves as they are."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
             if line:
-                into.take(line)
+                yield line.decode()
 
 
 Meanwhile = Callable[[httpx.AsyncClient, list[Stream]], Awaitable[None]]
