@@ -6,7 +6,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 
 @tool
@@ -57,3 +57,13 @@ def test_retries(served, flaky):
     answer = model(served, base_url=flaky.api, max_retries=3).invoke("Name a river.")
     assert answer.content
     assert flaky.num_calls == 3
+
+
+def test_embeddings(served):
+    # Its own tokens are those of OpenAI's models, so it is told to send texts.
+    fields = {"base_url": served.api, "api_key": "x", "model": served.model, "max_retries": 0}
+    vectors = OpenAIEmbeddings(**fields, check_embedding_ctx_length=False)
+    documents = vectors.embed_documents(["The Rhine is a river.", "Two plus two is four."])
+    query = vectors.embed_query("The Rhine is a river.")
+    assert len(documents) == 2
+    assert query == pytest.approx(documents[0], abs=1e-5)

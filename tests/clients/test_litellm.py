@@ -50,3 +50,10 @@ def test_retries(served, flaky):
     answer = complete(served, api_base=flaky.api, max_retries=3)
     assert answer.choices[0].message.content
     assert flaky.num_calls == 3
+
+
+def test_embeddings(served):
+    fields = {"model": f"openai/{served.model}", "api_base": served.api, "api_key": "x"}
+    answer = litellm.embedding(**fields, input=["one", "two"], encoding_format="float")
+    assert [len(one["embedding"]) for one in answer.data] == [576, 576]
+    assert answer.usage.prompt_tokens > 0

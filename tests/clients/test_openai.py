@@ -129,3 +129,18 @@ def test_without_retries_it_is_a_rate_limit(flaky, served):
     ):
         client.chat.completions.create(model=served.model, messages=MESSAGES)
     assert limit.value.code == "resource_unavailable"
+
+
+def test_embeddings(client, served):
+    texts = ["The Rhine is a river.", "The Danube is a river.", "Two plus two is four."]
+    answer = client.embeddings.create(model=served.model, input=texts)
+    rhine, danube, sum_ = (one.embedding for one in answer.data)
+    assert abs(product(rhine, rhine) - 1) < 1e-5
+    assert product(rhine, danube) > product(rhine, sum_)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+    plain = client.embeddings.create(model=served.model, input=texts[0], encoding_format="float")
+    assert abs(product(plain.data[0].embedding, rhine) - 1) < 1e-4
+
+
+def product(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
