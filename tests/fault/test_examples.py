@@ -32,6 +32,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
         ("tiers.py", ["asked priority, served", "asked flex, served flex on TP1@"]),
         ("agent.py", ["3 calls in", "tokens were cached"]),
         ("batch_job.py", ["Rhine: ", "Danube: ", "Elbe: "]),
+        ("embeddings.py", ["The Rhine flows", "vectors of 48 numbers"]),
         ("curl.sh", ["x-nitsum-plan: 2xTP1", "data: [DONE]", '"ok":true', '"to_plan":"TP2"']),
     ],
 )

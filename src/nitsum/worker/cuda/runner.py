@@ -180,7 +180,7 @@ def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
         seconds,
         read_logprobs(done.reports, num_draws),
         read_logits(done.reports, num_draws),
-        idle_s,
+        idle_s=idle_s,
     )
 
 
