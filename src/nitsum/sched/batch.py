@@ -59,7 +59,7 @@ def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
 def _add_level(lane: LaneScheduler, step: Composed, level: int, prefills: list[Sequence]) -> int:
     """The decodes of one level; returns their context in tokens. This loop is the hot one."""
     block_tokens, start_s = lane.kv.arena.block_tokens, step.start_s
-    most = lane.limits.max_batch_tokens
+    most = lane.num_seats
     append = step.chunks.append
     context, tight_s, next_due_s = 0, inf, inf
     for sequence in list(lane.running[level]):
@@ -229,6 +229,8 @@ def _add_in_turn(
     """
     part: int | None = None
     for sequence in prefills:
+        if len(step.chunks) >= lane.limits.max_num_seqs:
+            return False
         num_tokens = fits = _chunk_tokens(lane, step, sequence)
         if behind and fits:
             if part is None:

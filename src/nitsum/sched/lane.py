@@ -193,6 +193,7 @@ class LaneScheduler:
         if prefills:
             add_prefills(self, step, prefills)
         self._settle(step)
+        self._take_turns(step)
         return step
 
     def backlog(self) -> list[bool]:
@@ -264,6 +265,22 @@ class LaneScheduler:
             step.promoted.append(sequence)
         self._start(sequence, step.now)
         return True
+
+    @property
+    def num_seats(self) -> int:
+        """Decodes one step may contain. A switch can bring more sequences than there are slots:
+        then they take turns, and one seat stays free for prompts."""
+        most = min(self.limits.max_num_seqs, self.limits.max_batch_tokens)
+        return max(1, most - (self.num_running > self.limits.max_num_seqs))
+
+    def _take_turns(self, step: Composed) -> None:
+        """Where there are more sequences than seats, those of this step are the last in the next."""
+        if self.num_running > self.limits.max_num_seqs:
+            for chunk in step.chunks:
+                running = self.running[self.setting.level(chunk.sequence)]
+                if chunk.sequence in running:
+                    del running[chunk.sequence]
+                    running[chunk.sequence] = None
 
     @property
     def _is_full(self) -> bool:

@@ -289,8 +289,10 @@ def check_places(machine: Machine) -> None:
 
 @pytest.mark.parametrize("num_prompt", [2, 9])
 def test_sequences_of_two_full_lanes_take_turns_in_one(num_prompt: int):
-    machine = Machine(2, plans=read_plans(["2xTP1", "TP2"], 2), num_blocks=64, cost=FAST)
-    ids = [machine.submit([i] * num_prompt, max_tokens=40) for i in range(8)]
+    machine = Machine(
+        2, plans=read_plans(["2xTP1", "TP2"], 2), num_blocks=256, cost=FAST, precopy_units=64
+    )
+    ids = [machine.submit([i] * num_prompt, max_tokens=120) for i in range(8)]
     while machine.core.status("x").num_running < 8:
         machine.turn()
     machine.switch("TP2")
