@@ -1,9 +1,10 @@
 """`nitsum serve --device cuda` under load, through HTTP: the Llama-3.1-8B shape, random weights.
 
-    python -m benchmarks.gpu_serve --out FOLDER [--requests 512] [--max-num-seqs 512]
+    python -m benchmarks.gpu_serve --out FOLDER [--plans TP2,2xTP1] [--clients 64,256]
 
-Starts the server as a user would, sends all requests at once (1,155 tokens in, 211 out, greedy,
-streamed) with the client of `nitsum bench serve`, then a few alone; prints and writes `serve.json`.
+For each plan, starts the server as a user would and lets so many clients send one request after the
+other (1,155 tokens in, 211 out, greedy, streamed; six each, the first of which is warm-up), then a
+few alone. The client is that of `nitsum bench serve`. Prints and writes `serve.json`.
 """
 
 from __future__ import annotations
@@ -26,35 +27,41 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.gpu_probe import SHAPE
 from nitsum.bench.provenance import summary
 from nitsum.bench.serve import find_endpoint, run_load
+from nitsum.metrics.percentiles import percentile
 from nitsum.metrics.records import RequestRecord
 from nitsum.server.run import loop_factory
 from nitsum.workload.items import Segment, WorkItem
 
 NUM_PROMPT, NUM_ANSWER = 1155, 211
+NUM_ROUNDS = 6
+"""Requests of each client; the first and the last are not counted."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("."))
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--plans", default="TP2,2xTP1")
+    parser.add_argument("--clients", default="64,256")
+    parser.add_argument("--flags", default="", help="more flags of nitsum serve")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     write_model(folder)
-    started_s = time.monotonic()
-    server = start(folder, args.max_num_seqs, args.out / "serve.log")
-    try:
-        url = wait_for_url(args.out / "serve.log", server)
-        figures = {"serve_start_s": time.monotonic() - started_s}
-        print(f"{url} after {figures['serve_start_s']:.1f} s", flush=True)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            figures |= runner.run(load(url, args.requests))
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
-    for name, value in figures.items():
-        print(f"{name:45}{value:12.4f}")
-    (args.out / "serve.json").write_text(json.dumps(summary(figures), indent=1))
+    figures: dict[str, float] = {}
+    for plan in args.plans.split(","):
+        log = args.out / f"serve_{plan}.log"
+        server = start(folder, plan, log, args.flags.split())
+        try:
+            url = wait_for_url(log, server)
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                clients = [int(count) for count in args.clients.split(",")]
+                figures |= runner.run(measure(url, plan.lower(), clients))
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+        for name, value in figures.items():
+            if plan.lower() in name:
+                print(f"{name:45}{value:12.4f}", flush=True)
+        (args.out / "serve.json").write_text(json.dumps(summary(figures), indent=1))
 
 
 def write_model(folder: Path) -> None:
@@ -68,15 +75,14 @@ def write_model(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def start(folder: Path, max_num_seqs: int, log: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, plan: str, log: Path, more: list[str]) -> subprocess.Popen[bytes]:
     flags = {
-        "--device": "cuda", "--load-format": "dummy", "--port": "0", "--ranks": "1",
-        "--max-num-seqs": str(max_num_seqs), "--max-batch-tokens": "8192",
-        "--served-model-name": "shape",
+        "--device": "cuda", "--load-format": "dummy", "--port": "0", "--ranks": "2",
+        "--plans": plan, "--served-model-name": "shape",
     }  # fmt: skip
     words = [word for pair in flags.items() for word in pair]
     return subprocess.Popen(
-        [sys.executable, "-m", "nitsum.cli", "serve", str(folder), *words],
+        [sys.executable, "-m", "nitsum.cli", "serve", str(folder), *words, *more],
         stdout=log.open("wb"), stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
@@ -91,30 +97,45 @@ def wait_for_url(log: Path, server: subprocess.Popen[bytes]) -> str:
     raise SystemExit(log.read_text()[-3000:])
 
 
-async def load(url: str, num_requests: int) -> dict[str, float]:
+async def measure(url: str, plan: str, clients: list[int]) -> dict[str, float]:
     endpoint, _ = await find_endpoint(url)
 
-    async def send(name: str, count: int) -> list[RequestRecord]:
-        outcome = await run_load(endpoint, items(name, count), vocab_size=100_000)
+    async def send(name: str, num_clients: int, count: int) -> list[RequestRecord]:
+        load = items(name, count)
+        outcome = await run_load(endpoint, load, vocab_size=100_000, max_open=num_clients)
         assert outcome.state.num_tokens == count * NUM_ANSWER, outcome.state
         return list(outcome.recorder.requests.values())
 
-    await send("warm-up", 8)
-    started_s = time.monotonic()
-    many = await send("load", num_requests)
-    took_s = time.monotonic() - started_s
-    alone = [record for i in range(5) for record in await send(f"alone{i}", 1)]
-    return {
-        "saturation_output_tokens_per_s_tp1": num_requests * NUM_ANSWER / took_s,
-        "saturation_requests_per_s_tp1": num_requests / took_s,
-        "saturation_longest_gap_ms_p50": 1e3 * statistics.median(map(longest_gap_s, many)),
-        "lone_ttft_ms_p50": 1e3 * statistics.median(record.ttft_s or 0.0 for record in alone),
-        "lone_tpot_ms_p50": 1e3 * statistics.median(record.tpot_s or 0.0 for record in alone),
+    await send("warm-up", 8, 8)
+    alone = [record for i in range(5) for record in await send(f"alone{i}", 1, 1)]
+    figures = {
+        f"lone_ttft_ms_p50_{plan}": 1e3 * statistics.median(r.ttft_s or 0.0 for r in alone),
+        f"lone_tpot_ms_p50_{plan}": 1e3 * statistics.median(r.tpot_s or 0.0 for r in alone),
     }
+    for count in clients:
+        records = await send(f"c{count}", count, NUM_ROUNDS * count)
+        figures |= figures_of(records, count, f"{plan}_c{count}")
+    return figures
 
 
-def longest_gap_s(record: RequestRecord) -> float:
-    return record.longest_gap_s or 0.0
+def figures_of(records: list[RequestRecord], num_clients: int, name: str) -> dict[str, float]:
+    """Of the requests between the first and the last round."""
+    ended = sorted(records, key=lambda record: record.token_times[-1])
+    middle = ended[num_clients:-num_clients]
+    took_s = middle[-1].token_times[-1] - ended[num_clients - 1].token_times[-1]
+    gaps = sorted(record.longest_gap_s or 0.0 for record in middle)
+    firsts = sorted(record.ttft_s or 0.0 for record in middle)
+    paces = sorted(record.tpot_s or 0.0 for record in middle)
+    return {
+        f"http_requests_per_s_{name}": len(middle) / took_s,
+        f"http_output_tokens_per_s_{name}": NUM_ANSWER * len(middle) / took_s,
+        f"http_ttft_ms_p50_{name}": 1e3 * percentile(firsts, 0.5),
+        f"http_ttft_ms_p99_{name}": 1e3 * percentile(firsts, 0.99),
+        f"http_tpot_ms_p50_{name}": 1e3 * percentile(paces, 0.5),
+        f"http_tpot_ms_p99_{name}": 1e3 * percentile(paces, 0.99),
+        f"longest_gap_p50_ms_{name}": 1e3 * percentile(gaps, 0.5),
+        f"longest_gap_p99_ms_{name}": 1e3 * percentile(gaps, 0.99),
+    }
 
 
 def items(name: str, count: int) -> list[WorkItem]:
