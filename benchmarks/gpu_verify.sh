@@ -2,6 +2,7 @@
 # `nitsum verify` on two GPUs in bfloat16, on a small random checkpoint of each family: once as it is, and
 # once with each fault planted, all at the same time. Usage: gpu_verify.sh OUT [ATTENTION]
 set -u
+export OMP_NUM_THREADS=4
 out=$1; export NITSUM_ATTENTION=${2:-auto}
 models=$(mktemp -d)
 python3 - "$models" <<'PY'

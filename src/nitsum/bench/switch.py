@@ -134,6 +134,7 @@ class Result:
             "added_pause_max_ms": _ms(pause.max),
             "moved_bytes_per_switch": sum(w.bytes_moved for w in waves) / count,
             "units_in_place_per_switch": sum(w.units_in_place for w in waves) / count,
+            "longest_turn_ms": 1e3 * max((r.longest_turn_s for r in self.reports), default=0.0),
             "num_waves_per_switch": len(waves) / count,
             "switch_ms": 1e3 * sum(report.duration_s for report in self.reports) / count,
             "propose_ms_per_switch": 1e3 * sum(w.propose_s for w in waves) / count,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from msgspec import to_builtins
+
 from nitsum.bench.provenance import summary
 from nitsum.bench.stages import stages
 from nitsum.bench.switch import Options, Result, measure
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
             f"{args.ranks} ranks ({args.device}), {args.streams} streams of {args.prompt_tokens} "
             f"tokens, {options.dtype}; arenas filled by {args.fill}, {_fullness(result)}"
         )
-        print(json.dumps({**summary(result.figures(), notes), "different": result.different}))
+        switches = [to_builtins(report) for report in result.reports]
+        found = {"different": result.different, "switches": switches}
+        print(json.dumps({**summary(result.figures(), notes), **found}))
     else:
         print_result(result)
     return 0 if result.counts else 1

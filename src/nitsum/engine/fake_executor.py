@@ -163,7 +163,9 @@ class FakeExecutor:
         return all(self.ranks[rank].num_done >= number for rank, number in move.after)
 
     def _run_step(self, step: Step) -> None:
-        assert self.max_num_seqs is None or len(step.work) <= self.max_num_seqs, "too many sequences"
+        assert self.max_num_seqs is None or len(step.work) <= self.max_num_seqs, (
+            "too many sequences"
+        )
         for place, rank in enumerate(step.group.ranks):
             state = self.ranks[rank]
             for join in step.joins:
