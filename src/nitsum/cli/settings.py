@@ -19,8 +19,9 @@ from nitsum.cli.sources import setting
 from nitsum.messages import Device, Dtype
 
 NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
-BATCH_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 8192}
-"""A step's cost is even then bounded by the slack of those it delays."""
+BATCH_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 1536}
+"""On an H100 and for an 8B model, 22 ms at TP 2: nobody's gap grows by more. A busy lane computes about
+as many prompt tokens in each step as it has answers to go on with, so more would not be more."""
 
 
 @dataclass(frozen=True, kw_only=True)

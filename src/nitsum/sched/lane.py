@@ -274,7 +274,7 @@ class LaneScheduler:
         return max(1, most - (self.num_running > self.limits.max_num_seqs))
 
     def _take_turns(self, step: Composed) -> None:
-        """Where there are more sequences than seats, those of this step are the last in the next."""
+        """With more sequences than seats, those of this step are the last in the next."""
         if self.num_running > self.limits.max_num_seqs:
             for chunk in step.chunks:
                 running = self.running[self.setting.level(chunk.sequence)]
