@@ -66,7 +66,6 @@ class EngineConfig:
     fault: Fault | None = None
 
     def __post_init__(self) -> None:
-        self._refuse_roles()
         narrowest = self.plans.degrees[0]
         if narrowest < self.min_tp:
             raise ConfigError(
@@ -83,16 +82,6 @@ class EngineConfig:
                 f"max_batch_tokens ({self.max_batch_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}): a full decode batch would not fit one step."
             )
-
-    def _refuse_roles(self) -> None:
-        """A prompt computed in a prefill lane would have to move on by itself: not built yet."""
-        for plan in self.plans.plans:
-            roles = sorted({lane.role for lane in plan.lanes} - {"mixed"})
-            if roles:
-                raise ConfigError(
-                    f"Plan {plan.name!r} has {' and '.join(roles)} lanes; only mixed lanes can be "
-                    "served so far. Leave out `role`, or drop the plan."
-                )
 
     @property
     def num_ranks(self) -> int:

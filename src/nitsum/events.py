@@ -168,6 +168,19 @@ class SwitchEnded(Event, frozen=True, kw_only=True):
     """Of the engine, while the switch was under way."""
 
 
+class HandedOver(Event, frozen=True, kw_only=True):
+    """A request whose prompt a prefill lane computed goes on in another lane."""
+
+    request_id: str
+    from_group: Group
+    to_group: Group
+    bytes_moved: int
+    duration_s: float
+    """From the reservation to the last acknowledgement; its prompt may be computed meanwhile."""
+    held_s: float
+    """Of that, the time in which no step could contain it."""
+
+
 class Evicted(Event, frozen=True, kw_only=True):
     """Cached blocks were dropped to make room."""
 
@@ -255,6 +268,7 @@ AnyEvent = (
     | WaveCommitted
     | WaveRolledBack
     | SwitchEnded
+    | HandedOver
     | Evicted
     | PlanDecided
     | PlanJudged

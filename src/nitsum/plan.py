@@ -119,6 +119,16 @@ class Plan(msgspec.Struct, frozen=True):
         return tuple(lane.group for lane in self.lanes)
 
     @property
+    def has_roles(self) -> bool:
+        """Requests are handed over between its lanes."""
+        return any(lane.role != "mixed" for lane in self.lanes)
+
+    @property
+    def followers(self) -> tuple[Lane, ...]:
+        """The lanes in which answers go on after a prefill lane."""
+        return tuple(lane for lane in self.lanes if lane.role != "prefill")
+
+    @property
     def is_overlay(self) -> bool:
         groups = self.groups
         return any(a.overlaps(b) for i, a in enumerate(groups) for b in groups[i + 1 :])
@@ -158,7 +168,7 @@ class PlanSet(msgspec.Struct, frozen=True):
 
 # --- reading plans -----------------------------------------------------------------------------
 
-_TERM = re.compile(r"(?:([1-9]\d*)x)?TP(\d+)", re.IGNORECASE)
+_TERM = re.compile(r"(?:([1-9]\d*)x)?TP(\d+)(?:-(prefill|decode))?", re.IGNORECASE)
 _EXPRESS_TIERS = ("priority", "default")
 _BULK_TIERS = ("default", "flex", "batch")
 
@@ -167,30 +177,29 @@ def parse_plan(text: str, num_ranks: int) -> Plan:
     """A plan from shorthand: `4xTP1`, `TP2+2xTP1`, or layers over the same ranks, `TP2/4xTP1`.
 
     Terms fill the ranks from 0 on; each `/` starts again at rank 0. Where degrees differ, the
-    widest lanes prefer priority and default requests, the others all but priority.
+    widest lanes prefer priority and default requests, the others all but priority. A term may name
+    a role, `TP2-prefill+2xTP1-decode`; lanes of such a plan prefer no tier.
     """
-    groups = [group for layer in text.split("/") for group in _parse_layer(layer, text)]
-    widest = max(group.degree for group in groups)
-    uniform = all(group.degree == widest for group in groups)
-
-    def tiers(group: Group) -> tuple[str, ...]:
-        if uniform:
-            return ()
-        return _EXPRESS_TIERS if group.degree == widest else _BULK_TIERS
-
-    plan = Plan(text, tuple(Lane(group, "mixed", tiers(group)) for group in groups))
-    return check_plan(plan, num_ranks)
+    lanes = [lane for layer in text.split("/") for lane in _parse_layer(layer, text)]
+    widest = max(lane.degree for lane in lanes)
+    uniform = all(lane.degree == widest for lane in lanes)
+    if not uniform and all(lane.role == "mixed" for lane in lanes):
+        lanes = [
+            Lane(lane.group, "mixed", _EXPRESS_TIERS if lane.degree == widest else _BULK_TIERS)
+            for lane in lanes
+        ]
+    return check_plan(Plan(text, tuple(lanes)), num_ranks)
 
 
-def _parse_layer(layer: str, text: str) -> list[Group]:
-    groups: list[Group] = []
+def _parse_layer(layer: str, text: str) -> list[Lane]:
+    lanes: list[Lane] = []
     next_rank = 0
     for term in layer.split("+"):
         match = _TERM.fullmatch(term.strip())
         if match is None or not is_power_of_two(int(match[2])):
             raise ConfigError(
-                f"Plan {text!r}: cannot read {term.strip()!r}. Write terms like TP2 or 4xTP1 "
-                "(degrees are powers of two), joined by +."
+                f"Plan {text!r}: cannot read {term.strip()!r}. Write terms like TP2, 4xTP1 or "
+                "TP2-prefill (degrees are powers of two), joined by +."
             )
         degree = int(match[2])
         if next_rank % degree:
@@ -199,9 +208,19 @@ def _parse_layer(layer: str, text: str) -> list[Group]:
                 f"multiple of {degree}. Put wider lanes first."
             )
         for _ in range(int(match[1] or 1)):
-            groups.append(Group(degree, next_rank // degree))
+            lanes.append(Lane(Group(degree, next_rank // degree), _role_of(match[3])))
             next_rank += degree
-    return groups
+    return lanes
+
+
+def _role_of(word: str | None) -> Role:
+    match (word or "mixed").lower():
+        case "prefill":
+            return "prefill"
+        case "decode":
+            return "decode"
+        case _:
+            return "mixed"
 
 
 def check_plan(plan: Plan, num_ranks: int) -> Plan:
@@ -226,6 +245,11 @@ def _check_roles(plan: Plan) -> None:
     if "mixed" not in roles and roles != {"prefill", "decode"}:
         raise ConfigError(
             f"Plan {plan.name!r} has only {roles.pop()} lanes; no request can finish."
+        )
+    if "decode" in roles and "prefill" not in roles:
+        raise ConfigError(
+            f"Plan {plan.name!r} has decode lanes and no prefill lane that would hand requests "
+            "over to them."
         )
 
 

@@ -191,6 +191,11 @@ class Sequence:
         return self.num_total - self.num_dispatched
 
     @property
+    def is_confirmed(self) -> bool:
+        """No step in flight contains it."""
+        return not self.num_sampling and self.num_computed == self.num_dispatched
+
+    @property
     def in_prefill(self) -> bool:
         return self.num_dispatched < self.num_prompt
 

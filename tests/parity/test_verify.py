@@ -14,7 +14,7 @@ import torch
 from nitsum.bench.scenario import Scenario, engine_config
 from nitsum.bench.verify import Report, verify
 from nitsum.messages import Fault
-from nitsum.plan import default_plans
+from nitsum.plan import PlanSet, default_plans, read_plans
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.processes
@@ -45,11 +45,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def run(model: Path, num_ranks: int, fault: Fault | None = None, num_switches: int = 8) -> Report:
-    plans = default_plans(num_ranks)
+ROLE_PLANS = {
+    2: ("TP1-prefill+TP1-decode", "TP2", "2xTP1"),
+    4: ("TP2-prefill+2xTP1-decode", "TP4", "4xTP1"),
+}
+
+
+def run(
+    model: Path,
+    num_ranks: int,
+    fault: Fault | None = None,
+    num_switches: int = 8,
+    plans: PlanSet | None = None,
+) -> Report:
+    plans = plans or default_plans(num_ranks)
     scenario = Scenario(num_switches=num_switches, num_requests=16, seed=num_ranks)
     config = engine_config(model, plans, scenario, fault=fault)
     return verify(config, plans, scenario, lambda *_: None, lambda _: None)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_handing_over_changes_no_result(folders: dict[str, Path], num_ranks: int):
+    report = run(folders["llama"], num_ranks, plans=read_plans([*ROLE_PLANS[num_ranks]], num_ranks))
+    assert report.verdict == "pass", (report.errors, report.unproven, report.against)
+    assert report.num_handed_over >= 4
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

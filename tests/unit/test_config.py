@@ -41,12 +41,3 @@ def test_a_full_decode_batch_must_fit_one_step():
     assert config("TP4", max_num_seqs=64, max_batch_tokens=64)
     with pytest.raises(ConfigError, match="would not fit one step"):
         config("TP4", max_num_seqs=65, max_batch_tokens=64)
-
-
-def test_lanes_that_would_hand_requests_over_are_refused():
-    split = {
-        "name": "split",
-        "lanes": [{"ranks": [0, 1], "role": "prefill"}, {"ranks": [2, 3], "role": "decode"}],
-    }
-    with pytest.raises(ConfigError, match="'split' has decode and prefill lanes; only mixed"):
-        EngineConfig(model="m", plans=read_plans([split], 4))

@@ -140,6 +140,22 @@ def test_tiers_follow_the_width_where_widths_differ():
     assert all(lane.serves("anything") for lane in parse_plan("2xTP2", 4).lanes)
 
 
+def test_roles_in_shorthand():
+    plan = parse_plan("TP2-prefill+2xTP1-decode", 4)
+    assert [(str(lane), lane.role, lane.tiers) for lane in plan.lanes] == [
+        ("TP2@0-1", "prefill", ()),
+        ("TP1@2", "decode", ()),
+        ("TP1@3", "decode", ()),
+    ]
+    assert plan.has_roles
+    assert [lane.role for lane in plan.followers] == ["decode", "decode"]
+
+
+def test_decode_lanes_need_somebody_who_hands_over():
+    with pytest.raises(ConfigError, match="no prefill lane"):
+        parse_plan("TP2+2xTP1-decode", 4)
+
+
 def test_an_overlay_is_a_plan_whose_lanes_share_ranks():
     assert parse_plan("TP2/2xTP1", 2).is_overlay
     assert not parse_plan("TP2+2xTP1", 4).is_overlay

@@ -13,7 +13,14 @@ from typing import Literal, NamedTuple
 
 from nitsum.bench.scenario import Ask
 from nitsum.engine.core import Core
-from nitsum.events import AnyEvent, GenerationStarted, Routed, Started, SwitchEnded
+from nitsum.events import (
+    AnyEvent,
+    GenerationStarted,
+    HandedOver,
+    Routed,
+    Started,
+    SwitchEnded,
+)
 from nitsum.plan import Group, PlanSet
 from nitsum.request import SeqState, Sequence
 
@@ -37,9 +44,12 @@ class MoveWatch:
     asks: Mapping[str, Ask]
     plans: PlanSet
     moved: Counter[str] = field(default_factory=Counter[str])
-    """Requests whose KV changed lanes, by the state they were in."""
+    """Requests whose KV changed lanes by a switch, by the state they were in."""
+    num_handed_over: int = 0
+    """Requests that a prefill lane gave to another."""
     num_prefix_hits: int = 0
-    """Requests that began with cached KV which a switch had brought into their lane's layout."""
+    """Requests that began with cached KV which was brought into their lane's layout, not computed
+    in it."""
     num_recomputed: int = 0
     """Times a request gave up its KV for lack of room."""
     num_restarts: int = 0
@@ -80,7 +90,8 @@ class MoveWatch:
             if sequence.num_restarts != place.num_restarts:
                 self.num_recomputed += 1
             elif sequence.group != place.group and not sequence.is_finished:
-                self.moved[place.state] += 1
+                if sequence not in core.generation.hand_overs.open:
+                    self.moved[place.state] += 1
                 self._note_unfinished_prefix(request_id, place)
 
     def _note_unfinished_prefix(self, request_id: str, place: _Place) -> None:
@@ -99,6 +110,8 @@ class MoveWatch:
                 self._note_computed(event.request_id, event.group)
             case SwitchEnded():
                 self._forget_closed(event.to_plan)
+            case HandedOver():
+                self.num_handed_over += 1
             case GenerationStarted():
                 self.num_restarts += 1
                 self._computed.clear()

@@ -125,7 +125,8 @@ def static_plan(plans: PlanSet) -> Plan:
     degree, num_lanes = plans.degrees[0], plans.num_ranks // plans.degrees[0]
     name = f"TP{degree}" if num_lanes == 1 else f"{num_lanes}xTP{degree}"
     uniform = parse_plan(name, plans.num_ranks)
-    return next((p for p in plans.plans if set(p.groups) == set(uniform.groups)), uniform)
+    alike = (p for p in plans.plans if set(p.groups) == set(uniform.groups) and not p.has_roles)
+    return next(alike, uniform)
 
 
 def with_static(plans: PlanSet) -> PlanSet:

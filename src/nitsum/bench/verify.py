@@ -81,6 +81,7 @@ class Report:
     num_requests: int = 0
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     moved: Counter[str] = field(default_factory=Counter[str])
+    num_handed_over: int = 0
     num_prefix_hits: int = 0
     num_cached_blocks: int = 0
     num_recomputed: int = 0
@@ -132,6 +133,7 @@ class Report:
             "num_requests": self.num_requests,
             "num_positions": max((d.num_positions for d in self.against.values()), default=0),
             **{f"num_moved_in_{state}": self.moved[state] for state in _STATES},
+            "num_handed_over": self.num_handed_over,
             "num_prefix_hits_after_move": self.num_prefix_hits,
             "num_cached_blocks_moved": self.num_cached_blocks,
             "num_recomputed": self.num_recomputed,
@@ -272,6 +274,9 @@ class _Run:
     @property
     def _lacks_proof(self) -> bool:
         watch = self._watch
+        roles = any(plan.has_roles for plan in self._plans.plans)
+        if roles and not watch.num_handed_over:
+            return True
         return not (all(watch.moved[state] for state in _STATES) and watch.num_prefix_hits)
 
     @property
@@ -303,6 +308,7 @@ class _Run:
             num_requests=len(self._asked),
             kinds=Counter((report.from_plan, report.to_plan) for report in done),
             moved=watch.moved,
+            num_handed_over=watch.num_handed_over,
             num_prefix_hits=watch.num_prefix_hits,
             num_cached_blocks=sum(wave.num_cached_blocks for wave in waves),
             num_recomputed=watch.num_recomputed,
@@ -315,6 +321,8 @@ class _Run:
         report.errors = [*_failed_switches(self.driver.reports), *_bad_answers(self.driver)]
         report.errors += ["The workers were restarted."] * watch.num_restarts
         report.unproven = list(_missing(report, self._scenario))
+        if any(plan.has_roles for plan in self._plans.plans) and not report.num_handed_over:
+            report.unproven.append("no prefill lane handed a request over")
         return report
 
 

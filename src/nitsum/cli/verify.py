@@ -147,6 +147,7 @@ def _work_rows(report: Report) -> list[tuple[str, str]]:
         ("requests moved in prefill", str(moved["prefill"])),
         ("requests moved in decode", str(moved["decode"])),
         ("requests moved while paused", str(moved["paused"])),
+        ("requests handed over by prefill lanes", str(report.num_handed_over)),
         ("cached blocks moved", str(report.num_cached_blocks)),
         ("requests that began with a moved prefix", str(report.num_prefix_hits)),
         ("requests that finished in their old lane", str(report.num_left_behind)),

@@ -7,8 +7,8 @@
                new lanes may step. Work in proportion to requests and tails, not to their KV
     commit     all destinations have acknowledged: sources are let go, turn by turn
 
-Until it is cut over, dropping a request from the wave costs nothing but the reservation. A switch
-makes waves; any other move of requests between lanes is one as well.
+Until it is cut over, dropping a request from the wave costs nothing but the reservation. Switches
+make waves, and so do prefill lanes that hand a request over (`control/handover.py`).
 """
 
 from __future__ import annotations
@@ -218,19 +218,24 @@ class Wave:
         ready = [move for move in list(self.moves.values()) if self._complete(move)]
         tails: Copies = {}
         rows: dict[int, list[RowPull]] = defaultdict(list)
-        sources: dict[int, set[int]] = defaultdict(set)
+        after: dict[int, dict[int, int]] = defaultdict(dict)
         for move in ready:
             self.lanes.leave_lane(move.sequence)
             transfer = move.transfer
             join_copies(tails, transfer.copy(transfer.num_copied + self.num_left(move)))
+            waits = {src: self._last_write(move, src) for src in transfer.src.ranks}
             for rank in move.dst.ranks:
                 rows[rank].extend(_row_pull(move, rank))
-                sources[rank].update(move.transfer.src.ranks)
-        after = {
-            rank: [(src, self.lanes.num_sent(src)) for src in sorted(ranks) if src != rank]
-            for rank, ranks in sources.items()
-        }
-        self.courier.send_tails(tails, rows, after)
+                known = after[rank]
+                known.update({src: max(num, known.get(src, 0)) for src, num in waits.items()})
+        self.courier.send_tails(
+            tails,
+            rows,
+            {
+                rank: sorted((src, num) for src, num in waits.items() if num and src != rank)
+                for rank, waits in after.items()
+            },
+        )
         for move in ready:
             self._enter(move)
         self.moves.clear()
@@ -240,6 +245,13 @@ class Wave:
         """Note the totals; to be called when it is done."""
         self.times.done_s = self.lanes.now()
         self.totals.bytes_moved = self.courier.bytes_moved - self._bytes_before
+
+    def _last_write(self, move: SequenceMove, rank: int) -> int:
+        """The count after which `rank` writes nothing of the request any more. What has no step in
+        flight is complete, and need not wait for others' steps."""
+        if move.sequence.is_confirmed:
+            return self.lanes.num_settled(rank)
+        return self.lanes.num_sent(rank)
 
     def _complete(self, move: SequenceMove) -> bool:
         if not (lacking := self.num_lacking(move)) or self._reserve_rest(move, lacking):

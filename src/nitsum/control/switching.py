@@ -65,6 +65,15 @@ class LaneTable(Lanes, Protocol):
 
     def level(self, sequence: Sequence) -> int: ...
 
+    def cancel_hand_overs(self) -> None:
+        """Undo those that are not cut over."""
+        ...
+
+    @property
+    def has_hand_overs(self) -> bool:
+        """Requests are on their way out of prefill lanes: what they bring is not there yet."""
+        ...
+
     @property
     def is_idle(self) -> bool:
         """No step is under way, or to be sent, that a long turn could delay."""
@@ -186,6 +195,7 @@ class Switcher:
         if target.name == self.plan.name:
             return SwitchReport(op_id, target.name, target.name, True, "already in force")
         now = self.lanes.now()
+        self.lanes.cancel_hand_overs()
         self.current = Switch(op_id, self.plan, target, now)
         self.lanes.emit(
             SwitchStarted(
@@ -205,6 +215,8 @@ class Switcher:
             switch.wave = None
         if switch.filling is not None:
             self._fill(switch, switch.filling)
+        elif self.lanes.has_hand_overs:
+            return []  # nothing is proposed before what they bring is there
         elif switch.wave is None and self._is_over(switch):
             return self._end(switch, ok=True, message="")
         return []
@@ -263,6 +275,15 @@ class Switcher:
         """Groups that the switch under way empties."""
         switch = self.current
         return [] if switch is None else _only_in(switch.src, switch.dst)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Nothing is on its way by a switch, and nothing could be proposed now."""
+        switch = self.current
+        if switch is None:
+            return True
+        is_still = switch.filling is None and switch.wave is None and not self.courier.is_leaving
+        return is_still and switch.is_open and switch.failed_at == self.lanes.num_departures
 
     # -- lanes --
 
@@ -379,10 +400,11 @@ class Switcher:
         return None
 
     def _destinations(self, plan: Plan, sequence: Sequence, wave: Wave) -> list[Group]:
-        """Lanes of the new plan by preference: they serve its tier, are idle, and are near. Lanes
-        about as idle as the idlest are equal if its KV can stay where it is."""
+        """Lanes of the new plan by preference: made for what it needs next, serving its tier, idle,
+        near. Lanes about as idle as the idlest are equal if its KV can stay where it is."""
         src = sequence.group
         assert src is not None
+        unfit = "decode" if sequence.num_remaining > 1 else "prefill"
         load = {lane.group: self.lanes.load(lane.group) for lane in plan.lanes}
         for move in wave.moves.values():
             load[move.dst] += move.sequence.num_total
@@ -396,7 +418,7 @@ class Switcher:
             load_of = load[lane.group] / lane.degree
             is_home = load_of <= most and stays_home(kv, blocks, lane.group)
             return (
-                lane.role == "prefill" and not sequence.in_prefill,
+                lane.role == unfit,
                 not lane.serves(sequence.tier),
                 least if is_home else load_of,
                 not (is_home or lane.group.overlaps(src)),

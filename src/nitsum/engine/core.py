@@ -145,7 +145,7 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.sequences) or self.generation.switcher.current is not None
+        return bool(self.sequences) or self.generation.is_moving
 
     # -- the loop --
 
@@ -171,8 +171,7 @@ class Core:
             if isinstance(reply, StepDone):
                 self._end_step(reply)
             elif isinstance(reply, MoveDone):
-                self.generation.dispatcher.acknowledge(reply.move_id)
-                self.generation.switcher.acknowledge(reply.move_id, reply.bytes)
+                self.generation.acknowledge(reply.move_id, reply.bytes)
 
     def _end_step(self, done: StepDone) -> None:
         step = self.generation.in_flight.pop(done.step_id)
@@ -198,7 +197,7 @@ class Core:
         self.outbox.put(error_output(sequence.request, error, sequence.tier))
 
     def _switch(self) -> None:
-        for report in self.generation.switcher.advance():
+        for report in self.generation.advance_moves():
             self.outbox.put(report)
 
     def _dispatch(self) -> None:
@@ -259,16 +258,19 @@ class Core:
         loop.num_in_flight += 1
         loop.last_sent = generation.last_sent = step_id
         emit_sent(self.sink, step)
-        for sequence, _, num_tokens, samples in chunks:
+        prompts: list[Sequence] = []
+        for sequence, start, num_tokens, samples in chunks:
             sequence.num_dispatched += num_tokens
             sequence.num_sampling += samples
-            if num_tokens > 1 or sequence.first_scheduled_s is None:
-                self._begin(sequence, num_tokens > 1 and samples, loop, step_id)
+            if num_tokens > 1 or start < sequence.num_prompt:
+                self._begin(sequence, loop, step_id)
+                if samples:
+                    prompts.append(sequence)
+        for sequence in prompts:
+            generation.prompt_sent(sequence)
 
-    def _begin(self, sequence: Sequence, prefilled: bool, loop: LaneLoop, step_id: int) -> None:
-        """A chunk of a prompt was sent: maybe its last, maybe its first."""
-        if prefilled:
-            self.generation.admission.prefilled(sequence)
+    def _begin(self, sequence: Sequence, loop: LaneLoop, step_id: int) -> None:
+        """A chunk of a prompt was sent, maybe its first."""
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self.clock.now()
             self.timeouts.cancel(sequence)

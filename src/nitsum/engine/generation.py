@@ -12,6 +12,7 @@ from itertools import count
 
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
+from nitsum.control.handover import HandOvers
 from nitsum.control.switching import Switcher
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.dispatch import Dispatcher
@@ -19,7 +20,7 @@ from nitsum.engine.executor import Executor
 from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight
 from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
-from nitsum.messages import Pull, RowPull
+from nitsum.messages import Pull, RowPull, SwitchReport
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
 from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, check_queue, no_capacity
@@ -97,6 +98,7 @@ class Generation:
         self.last_sent = 0
         """The newest step's number."""
         self.switcher = Switcher(self, plan, units_under_way=config.precopy_units)
+        self.hand_overs = HandOvers(self, config.precopy_units)
         for lane in plan.lanes:
             self.open_lane(lane)
 
@@ -162,7 +164,7 @@ class Generation:
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended: nothing of it stays but cached prefixes."""
-        self.switcher.forget(sequence)
+        self._stop_moving(sequence)
         self.admission.remove(sequence)
         self.memory.chains.end(sequence, self.now())
         if sequence.finish_reason in ("stop", "length"):
@@ -180,7 +182,7 @@ class Generation:
         """The sequence lost its room on the device: it comes back from host memory where it is, or
         is computed again wherever suits it."""
         sequence = preemption.sequence
-        self.switcher.forget(sequence)
+        self._stop_moving(sequence)
         if self.switcher.current is not None:
             self.switcher.current.stuck.discard(sequence.request_id)  # its lane can close
         self.num_departures += 1
@@ -197,6 +199,81 @@ class Generation:
         if sequence.slot is not None:
             self.dispatcher.free_slot(sequence.slot)
             sequence.slot = None
+
+    def _stop_moving(self, sequence: Sequence) -> None:
+        self.switcher.forget(sequence)
+        self.hand_overs.forget(sequence)
+
+    # -- what moves --
+
+    def advance_moves(self) -> list[SwitchReport]:
+        """One turn of the switch under way and of hand-overs; reports of switches that ended."""
+        reports = self.switcher.advance()
+        self.hand_overs.advance(may_propose=self.switcher.is_waiting)
+        return reports
+
+    def acknowledge(self, move_id: int, num_bytes: int) -> None:
+        """A rank has carried a move out."""
+        self.dispatcher.acknowledge(move_id)
+        self.switcher.acknowledge(move_id, num_bytes)
+        self.hand_overs.acknowledge(move_id, num_bytes)
+
+    @property
+    def is_moving(self) -> bool:
+        return self.switcher.current is not None or not self.hand_overs.is_idle
+
+    def prompt_sent(self, sequence: Sequence) -> None:
+        """The last chunk of its prompt was sent."""
+        self.admission.prefilled(sequence)
+        if self.switcher.is_waiting and self._hands_over(sequence.group):
+            self.hand_overs.prompt_sent(sequence)
+
+    def _hands_over(self, group: Group | None) -> bool:
+        loop = None if group is None else self.loops.get(group)
+        return loop is not None and loop.lane.role == "prefill" and not loop.draining
+
+    # -- what hand-overs need --
+
+    def handing_over(self) -> list[Sequence]:
+        """Those that run in prefill lanes: first those that have nothing left to do there."""
+        found = [
+            sequence
+            for group, loop in self.loops.items()
+            if self._hands_over(group)
+            for level in loop.scheduler.running
+            for sequence in level
+        ]
+        found.sort(key=lambda s: (s.num_remaining > 1, self.level(s), s.request.arrival_s))
+        return found
+
+    def next_groups(self, sequence: Sequence) -> list[Group]:
+        """Lanes with a free place in which its answer may go on, the best first."""
+        lanes = [lane for lane in self.switcher.plan.followers if self._has_place(lane.group)]
+
+        def preference(lane: Lane) -> tuple[bool, float]:
+            return (not lane.serves(sequence.tier), self.load(lane.group) / lane.degree)
+
+        return [lane.group for lane in sorted(lanes, key=preference)]
+
+    def _has_place(self, group: Group) -> bool:
+        num_coming = self.hand_overs.on_way_to(group)
+        running = self.loops[group].scheduler.num_running
+        return running + num_coming < self.config.max_num_seqs
+
+    def hold(self, sequence: Sequence) -> None:
+        assert sequence.group is not None
+        self.loops[sequence.group].scheduler.hold(sequence)
+
+    def let_go(self, sequence: Sequence) -> None:
+        assert sequence.group is not None
+        self.loops[sequence.group].scheduler.let_go(sequence)
+
+    def cancel_hand_overs(self) -> None:
+        self.hand_overs.cancel()
+
+    @property
+    def has_hand_overs(self) -> bool:
+        return not self.hand_overs.is_idle
 
     # -- what waves and switches need --
 
@@ -243,8 +320,9 @@ class Generation:
             self.dispatcher.expect_join(sequence.slot)
         loop = self.loops[group]
         loop.scheduler.enter(sequence)
-        work = self.admission.work_on(sequence, loop.lane)
-        self.admission.add(sequence, Route(loop.lane, work, sequence.promised))
+        self.admission.add(
+            sequence, self.admission.route_on(sequence, loop.lane, self.switcher.plan)
+        )
 
     def open_lane(self, lane: Lane) -> None:
         self.admission.open_lane(lane)
@@ -256,6 +334,8 @@ class Generation:
             loop.lane = loop.scheduler.lane = lane
             loop.draining = False
             self._meet_neighbours()
+            if lane.role == "decode":
+                self._route_waiting(loop)
 
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack, and take turns while one drains."""
@@ -269,6 +349,9 @@ class Generation:
         loop = self.loops[group]
         loop.draining = True
         self._meet_neighbours()
+        self._route_waiting(loop)
+
+    def _route_waiting(self, loop: LaneLoop) -> None:
         for sequence in loop.scheduler.take_waiting():
             self.route(sequence)
 

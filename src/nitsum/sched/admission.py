@@ -5,6 +5,9 @@ promise             some lane can keep the tier's targets for it
 over capacity       what its tier says: downgrade, queue as best effort, refuse
 route               a lane that can promise it, with the least work before it; among equals the
                     one that has its prefix
+
+Where a prefill lane hands its requests over, a route has two lanes, and both must be able to
+promise their part.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class Route(NamedTuple):
     lane: Lane
     work: Work
     promised: bool
+    then: Lane | None = None
+    """Where its answer is to go on, if that is another lane. It may become a third one."""
 
 
 class _Asking(NamedTuple):
@@ -58,11 +63,14 @@ class _Offer(NamedTuple):
     num_hits: int
     before_s: float
     """Work of its level and those above that the lane's ranks have to do first."""
+    then: Lane | None = None
+    then_before_s: float = 0.0
+    """The same of the lane that its answer goes on in."""
 
     @property
     def done_s(self) -> float:
         """Until all work up to its level, its own included, would be done."""
-        return self.before_s + self.work.total_s
+        return self.before_s + self.then_before_s + self.work.total_s
 
 
 class Admission:
@@ -73,6 +81,9 @@ class Admission:
         self.book = LoadBook(num_ranks, setting.num_levels)
         self.promises: dict[Group, Promises] = {}
         self._serving: dict[tuple[Plan, str], list[Lane]] = {}
+        self._followers: dict[tuple[Plan, str], list[Lane]] = {}
+        self._then: dict[Sequence, Group] = {}
+        """Lanes that promised to go on with requests which others have now."""
 
     # -- lanes --
 
@@ -100,33 +111,41 @@ class Admission:
     def route(self, sequence: Sequence, plan: Plan) -> Route:
         """The best lane for a request in the tier it is served as."""
         asking = self._ask(sequence)
-        offers = [self._offer(asking, lane) for lane in self._lanes(plan, sequence.tier)]
-        offers.sort(key=_preference)
+        offers = self._offers(asking, plan)
         if self.setting.rules.admits:
             for offer in offers:
                 if self._can(asking, offer):
-                    return Route(offer.lane, offer.work, True)
-        return Route(offers[0].lane, offers[0].work, False)
+                    return Route(offer.lane, offer.work, True, offer.then)
+        return Route(offers[0].lane, offers[0].work, False, offers[0].then)
 
     def is_overloaded(self, sequence: Sequence, plan: Plan) -> bool:
         """Whether load is what keeps lanes from promising it: idle, one of them could."""
         asking = self._ask(sequence)
-        return any(self._could(asking, lane) for lane in self._lanes(plan, sequence.tier))
+        return any(self._could(asking, offer) for offer in self._offers(asking, plan))
 
     def add(self, sequence: Sequence, route: Route) -> None:
         """The request stands in the lane's books from now on."""
-        lane = route.lane
-        self.book.add(sequence, lane, self.setting.level(sequence), route.work)
-        if route.promised and self.setting.tiers[sequence.tier].deadline_s is None:
-            asking = self._ask(sequence)
-            self.promises[lane.group].add(
-                sequence, asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s
-            )
+        lane, then = route.lane, route.then
+        self.book.add(sequence, lane, self.setting.level(sequence), route.work, then)
+        if not route.promised or self.setting.tiers[sequence.tier].deadline_s is not None:
+            return
+        asking, promises = self._ask(sequence), self.promises[lane.group]
+        if then is not None:
+            self._then[sequence] = then.group
+            self.promises[then.group].add_decode(sequence, asking.num_tokens)
+        if sequence.num_remaining > 1:
+            num_held = asking.num_prompt if then is not None else asking.num_tokens
+            promises.add(sequence, asking.tier, asking.num_prompt, num_held, asking.slack_s)
+        else:
+            promises.add_decode(sequence, asking.num_tokens)
 
-    def work_on(self, sequence: Sequence, lane: Lane) -> Work:
-        """What is left of it, priced for a lane."""
-        asking = self._ask(sequence)
-        return self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
+    def route_on(self, sequence: Sequence, lane: Lane, plan: Plan) -> Route:
+        """What is left of it, for a lane it was moved to; its promise goes along."""
+        asking, then = self._ask(sequence), None
+        work = self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
+        if lane.role == "prefill" and sequence.num_remaining > 1:
+            then = self._follower(asking, plan)[0]
+        return Route(lane, work, sequence.promised, then)
 
     def prefilled(self, sequence: Sequence) -> None:
         """Its prompt has been sent."""
@@ -138,14 +157,15 @@ class Admission:
     def remove(self, sequence: Sequence) -> None:
         """It ended, or leaves its lane."""
         self.book.remove(sequence)
-        promises = None if sequence.group is None else self.promises.get(sequence.group)
-        if promises is not None:
-            promises.remove(sequence)
+        for group in (sequence.group, self._then.pop(sequence, None)):
+            promises = None if group is None else self.promises.get(group)
+            if promises is not None:
+                promises.remove(sequence)
 
     def retry_after_s(self, sequence: Sequence, plan: Plan) -> float:
         """When enough of the work before a deadline request will be done; at least a second."""
         asking = self._ask(sequence)
-        offers = [self._offer(asking, lane) for lane in self._lanes(plan, sequence.tier)]
+        offers = self._offers(asking, plan)
         return max(1.0, min(offer.done_s for offer in offers) - asking.slack_s)
 
     def forget_prices(self) -> None:
@@ -161,7 +181,24 @@ class Admission:
             taking = [lane for lane in plan.lanes if lane.role != "decode"]
             lanes = [lane for lane in taking if lane.serves(tier)] or taking
             self._serving[plan, tier] = lanes
+            following = plan.followers
+            found = [lane for lane in following if lane.serves(tier)] or list(following)
+            self._followers[plan, tier] = found
         return lanes
+
+    def _follower(self, asking: _Asking, plan: Plan) -> tuple[Lane, float]:
+        """The lane that should have the answer after a prefill lane, and the work before it."""
+        self._lanes(plan, asking.tier.name)
+
+        def preference(lane: Lane) -> tuple[bool, float]:
+            tight = asking.tier.deadline_s is None and not self._can_go_on(asking, lane)
+            return tight, self.book.backlog_s(lane.group, asking.level)
+
+        lane = min(self._followers[plan, asking.tier.name], key=preference)
+        return lane, self.book.backlog_s(lane.group, asking.level)
+
+    def _can_go_on(self, asking: _Asking, lane: Lane) -> bool:
+        return self.promises[lane.group].can_decode(asking.tier, asking.num_tokens)
 
     def _ask(self, sequence: Sequence) -> _Asking:
         setting, request = self.setting, sequence.request
@@ -177,26 +214,50 @@ class Admission:
             target_s - max(0.0, setting.clock.now() - request.arrival_s),
         )
 
-    def _offer(self, asking: _Asking, lane: Lane) -> _Offer:
+    def _offers(self, asking: _Asking, plan: Plan) -> list[_Offer]:
+        """Every lane that takes new requests of the tier, the best first."""
+        lanes = self._lanes(plan, asking.tier.name)
+        offers = [self._offer(asking, lane, plan) for lane in lanes]
+        offers.sort(key=_preference)
+        return offers
+
+    def _offer(self, asking: _Asking, lane: Lane, plan: Plan) -> _Offer:
         setting = self.setting
         hits = setting.kv.prefixes.match(lane.group, asking.sequence.hashes)
         num_new = max(1, asking.num_prompt - hits * setting.kv.arena.block_tokens)
         work = setting.estimator.work(lane, num_new, asking.answer_tokens)
-        return _Offer(lane, work, hits, self.book.backlog_s(lane.group, asking.level))
+        before_s = self.book.backlog_s(lane.group, asking.level)
+        if lane.role != "prefill":
+            return _Offer(lane, work, hits, before_s)
+        then, then_before_s = self._follower(asking, plan)
+        there = setting.estimator.work(then, num_new, asking.answer_tokens)
+        work = work._replace(answer_s=there.answer_s, latency_s=there.latency_s)
+        return _Offer(lane, work, hits, before_s, then, then_before_s)
 
     def _can(self, asking: _Asking, offer: _Offer) -> bool:
         if asking.tier.deadline_s is not None:
             alone_s = offer.work.prefill_s + offer.work.latency_s
             return max(offer.done_s, alone_s) <= asking.slack_s
+        num_tokens = asking.num_tokens
+        if offer.then is not None:
+            num_tokens = asking.num_prompt
+            if not self._can_go_on(asking, offer.then):
+                return False
         promises = self.promises[offer.lane.group]
-        return promises.can(asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s)
+        return promises.can(asking.tier, asking.num_prompt, num_tokens, asking.slack_s)
 
-    def _could(self, asking: _Asking, lane: Lane) -> bool:
-        if asking.tier.deadline_s is not None:
-            work = self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
-            return work.prefill_s + work.latency_s <= asking.slack_s
-        promises = self.promises[lane.group]
-        return promises.could(asking.tier, asking.num_prompt, asking.num_tokens, asking.slack_s)
+    def _could(self, asking: _Asking, offer: _Offer) -> bool:
+        tier, num_prompt = asking.tier, asking.num_prompt
+        if tier.deadline_s is not None:
+            work = self.setting.estimator.work(offer.lane, num_prompt, asking.answer_tokens)
+            return work.prefill_s + offer.work.latency_s <= asking.slack_s
+        num_tokens = asking.num_tokens
+        if offer.then is not None:
+            num_tokens = num_prompt
+            if not self.promises[offer.then.group].could_decode(tier, asking.num_tokens):
+                return False
+        promises = self.promises[offer.lane.group]
+        return promises.could(tier, num_prompt, num_tokens, asking.slack_s)
 
 
 def _preference(offer: _Offer) -> tuple[float, int]:

@@ -53,6 +53,8 @@ class LaneScheduler:
         self.running: list[dict[Sequence, None]] = [{} for _ in self.levels]
         self.paused: list[dict[Sequence, None]] = [{} for _ in self.levels]
         """Those of `returning` that have KV, on the device or in host memory."""
+        self.held: dict[Sequence, None] = {}
+        """On their way to another lane: no further step contains them, nobody displaces them."""
         self.num_running = 0
         self.num_promoted = 0
         """Running ones that were promoted."""
@@ -127,6 +129,9 @@ class LaneScheduler:
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever its state."""
+        if sequence in self.held:
+            del self.held[sequence]
+            return
         level = self.setting.level(sequence)
         if sequence in self.running[level]:
             del self.running[level][sequence]
@@ -139,6 +144,16 @@ class LaneScheduler:
         if not self.returning[level].remove(sequence):
             self.waiting[level].remove(sequence)
         self.waits.cancel(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Stop stepping a running sequence that is about to leave."""
+        self.leave(sequence)
+        self.held[sequence] = None
+
+    def let_go(self, sequence: Sequence) -> None:
+        """It stays after all."""
+        del self.held[sequence]
+        self._run(sequence)
 
     def take_waiting(self) -> list[Sequence]:
         """Everything without KV on the device, for routing elsewhere."""
@@ -172,6 +187,7 @@ class LaneScheduler:
         return sorted(held, key=lambda s: (level(s), s.request.order, s.request.arrival_s))
 
     def _with_state(self) -> Iterator[Sequence]:
+        yield from self.held
         for level in self.levels:
             yield from self.running[level]
             yield from self.paused[level]

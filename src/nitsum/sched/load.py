@@ -13,6 +13,7 @@ from nitsum.sched.estimate import Work
 @dataclass
 class _Entry:
     group: Group
+    answer_group: Group
     level: int
     num_tokens: int
     prefill_s: float
@@ -23,7 +24,8 @@ class LoadBook:
     """Estimated seconds of work, by rank and level, and positions by lane.
 
     Lanes that share ranks share their load. A request counts from the moment it is queued; its
-    prompt until its last prefill chunk is sent, its answer until it ends.
+    prompt until its last prefill chunk is sent, its answer until it ends. Where a prefill lane will
+    hand it over, its answer counts in the lane that is to have it.
     """
 
     def __init__(self, num_ranks: int, num_levels: int) -> None:
@@ -34,27 +36,33 @@ class LoadBook:
         self._tokens: dict[Group, int] = defaultdict(int)
         self._entries: dict[Sequence, _Entry] = {}
 
-    def add(self, sequence: Sequence, lane: Lane, level: int, work: Work) -> None:
+    def add(
+        self, sequence: Sequence, lane: Lane, level: int, work: Work, then: Lane | None = None
+    ) -> None:
+        """`then` is the lane that is to have its answer, if that is another one."""
         self.remove(sequence)
         num_tokens = len(sequence.tokens)
-        prefill_s = work.prefill_s if sequence.num_dispatched < num_tokens else 0.0
-        entry = _Entry(lane.group, level, num_tokens, prefill_s, work.answer_s)
+        prefill_s = work.prefill_s if sequence.num_remaining > 1 else 0.0
+        answer_group = lane.group if then is None else then.group
+        entry = _Entry(lane.group, answer_group, level, num_tokens, prefill_s, work.answer_s)
         self._entries[sequence] = entry
-        self._tokens[lane.group] += num_tokens
-        self._shift(entry, prefill_s + work.answer_s)
+        self._tokens[answer_group] += num_tokens
+        self._shift(entry, lane.group, prefill_s)
+        self._shift(entry, answer_group, work.answer_s)
 
     def prefilled(self, sequence: Sequence) -> None:
         """The whole prompt has been sent."""
         entry = self._entries.get(sequence)
         if entry is not None and entry.prefill_s:
-            self._shift(entry, -entry.prefill_s)
+            self._shift(entry, entry.group, -entry.prefill_s)
             entry.prefill_s = 0.0
 
     def remove(self, sequence: Sequence) -> None:
         entry = self._entries.pop(sequence, None)
         if entry is not None:
-            self._tokens[entry.group] -= entry.num_tokens
-            self._shift(entry, -entry.prefill_s - entry.answer_s)
+            self._tokens[entry.answer_group] -= entry.num_tokens
+            self._shift(entry, entry.group, -entry.prefill_s)
+            self._shift(entry, entry.answer_group, -entry.answer_s)
 
     def backlog_s(self, group: Group, level: int) -> float:
         """Work at the level and before it, on the group's busiest rank."""
@@ -64,7 +72,7 @@ class LoadBook:
         return max([up_to[level] for up_to in sums])
 
     def num_tokens(self, group: Group) -> int:
-        """Positions of the lane's requests when they were queued."""
+        """Positions, when they were queued, of requests whose answers are the lane's."""
         return self._tokens[group]
 
     def _sums(self, group: Group) -> list[list[float]]:
@@ -73,8 +81,8 @@ class LoadBook:
             sums = self._sums_of[group] = [self._up_to[rank] for rank in group.ranks]
         return sums
 
-    def _shift(self, entry: _Entry, seconds: float) -> None:
-        for sums in self._sums(entry.group):
+    def _shift(self, entry: _Entry, group: Group, seconds: float) -> None:
+        for sums in self._sums(group):
             for level in range(entry.level, self.num_levels):
                 sums[level] += seconds
         if not self._entries:

@@ -12,6 +12,9 @@ A higher tier goes before a lower one, so promising it uses up slack of the lowe
 what each level has left is kept, and a request that would take more is not promised. Lower tiers
 leave a part of the lane free for those above them.
 
+A prefill lane has no decodes: its steps are as long as a full chunk, and only prompts are promised
+room there. A decode lane's steps have no chunk; it promises its part of requests that come to it.
+
 A deadline tier is promised if all work before it and its own would be done in time.
 """
 
@@ -103,6 +106,8 @@ class Promises:
         self.lane = lane
         self.period_s = min((t.tpot_s for t in served if t.tpot_s is not None), default=inf)
         """The tightest TPOT the lane may have to keep."""
+        if lane.role == "prefill":
+            self.period_s = inf
         self.forget_prices()
 
     def forget_prices(self) -> None:
@@ -117,7 +122,7 @@ class Promises:
         """Whether the lane can promise a request of a TPOT tier: `num_prompt` positions to compute
         within `slack_s`, `num_tokens` to hold in the end."""
         level = self.tiers.index(tier)
-        if not self._can_decode(tier, level, num_tokens):
+        if not self.can_decode(tier, num_tokens):
             return False
         seconds = self.through_s(num_prompt)
         if self._ahead_s(level) + seconds > slack_s:
@@ -127,9 +132,13 @@ class Promises:
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
         """Whether it could if it had promised nothing: if not, load is not what is in the way."""
         return (
-            self._decode_fits(tier, 1, num_tokens, 1.0)
+            self.could_decode(tier, num_tokens)
             and self._under_way_s() + self.through_s(num_prompt) <= slack_s
         )
+
+    def could_decode(self, tier: Tier, num_tokens: int) -> bool:
+        """The same of its part among the decodes."""
+        return self._decode_fits(tier, 1, num_tokens, 1.0)
 
     def add(
         self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float
@@ -141,6 +150,10 @@ class Promises:
         self._levels[level].add(sequence, seconds, slack_s)
         for entry in self._levels[level + 1 :]:
             entry.taken_s += seconds
+        self.add_decode(sequence, num_tokens)
+
+    def add_decode(self, sequence: Sequence, num_tokens: int) -> None:
+        """Promise only its part in the decodes: its prompt is computed, or is so elsewhere."""
         self._held[sequence] = num_tokens
         self.num_tokens += num_tokens
 
@@ -178,26 +191,32 @@ class Promises:
 
     def _under_way_s(self) -> float:
         """The steps that run or wait to run when a request arrives."""
+        if self.lane.role == "prefill" and any(entry.pending for entry in self._levels):
+            return self._chunk_s(self._chunk_tokens())
         return 0.0 if self.period_s == inf else STEPS_UNDER_WAY * self.period_s
 
-    def _can_decode(self, tier: Tier, level: int, num_tokens: int) -> bool:
-        part = 1.0 if level == 0 else 1.0 - HEADROOM
+    def can_decode(self, tier: Tier, num_tokens: int) -> bool:
+        """Whether an answer finds room and keeps its pace among the decodes."""
+        part = 1.0 if self.tiers.index(tier) == 0 else 1.0 - HEADROOM
         return self._decode_fits(tier, len(self._held) + 1, self.num_tokens + num_tokens, part)
 
     def _decode_fits(self, tier: Tier, count: int, num_tokens: int, part: float) -> bool:
         if count > part * self.limits.max_num_seqs or num_tokens > part * self.capacity_tokens:
             return False
         period_s = min(self.period_s, tier.tpot_s or inf)
-        if period_s == inf:
+        if period_s == inf or self.lane.role == "prefill":
             return True
         decodes = BatchShape(count, num_tokens, 0, 0, count)
-        shape = with_prefill(decodes, PLANNED_CONTEXT, self._chunk_tokens(), True)
+        chunk = self._chunk_tokens()
+        shape = with_prefill(decodes, PLANNED_CONTEXT, chunk, True) if chunk else decodes
         spare_s = period_s - self._step_time(ONE_DECODE)
         return self._step_time(shape) <= period_s - (1.0 - part) * spare_s
 
     def _chunk_tokens(self) -> int:
         """Tokens of the chunk in each planned step; 0 if the lane cannot keep its period."""
         most = self.limits.max_batch_tokens
+        if self.lane.role == "decode":
+            return 0
         if self.period_s == inf:
             return most
         if self._chunk is None:

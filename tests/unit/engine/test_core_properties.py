@@ -120,3 +120,60 @@ def test_with_host_memory(script, seed, num_host_blocks, num_blocks, units_per_b
 )
 def test_other_policies(script, seed, policy):
     run(Machine(4, seed=seed, num_blocks=12, num_host_blocks=20, policy=policy), script)
+
+
+ROLE_PLANS = {
+    2: ("TP1-prefill+TP1-decode", "2xTP1", "TP2"),
+    4: (
+        "TP2-prefill+2xTP1-decode",
+        "4xTP1",
+        "2xTP1-prefill+2xTP1-decode",
+        "TP2-prefill+TP2",
+        "TP4",
+        "TP4-prefill/4xTP1-decode",
+    ),
+}
+
+
+@settings(parent=relaxed, max_examples=200)
+@given(
+    script=st.lists(actions, max_size=30),
+    seed=st.integers(0, 2**16),
+    num_ranks=st.sampled_from([2, 4]),
+    units_per_block=st.sampled_from([1, 2, 4]),
+    num_blocks=st.integers(9, 20),
+    num_host_blocks=st.sampled_from([0, 12]),
+)
+def test_with_roles(script, seed, num_ranks, units_per_block, num_blocks, num_host_blocks):
+    """Requests go from prefill to decode lanes while plans with and without roles change."""
+    plans = tuple(parse_plan(name, num_ranks) for name in ROLE_PLANS[num_ranks])
+    machine = Machine(
+        num_ranks,
+        seed=seed,
+        units_per_block=units_per_block,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        plans=PlanSet(num_ranks, plans, plans[0].name),
+    )
+    run(machine, script)
+    assert not machine.core.generation.is_moving
+
+
+@settings(parent=relaxed, max_examples=60)
+@given(
+    script=st.lists(actions, max_size=25),
+    seed=st.integers(0, 2**16),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    prefix_cache=st.booleans(),
+)
+def test_roles_under_other_policies(script, seed, policy, prefix_cache):
+    plans = tuple(parse_plan(name, 4) for name in ROLE_PLANS[4])
+    machine = Machine(
+        4,
+        seed=seed,
+        num_blocks=12,
+        plans=PlanSet(4, plans, plans[0].name),
+        policy=policy,
+        prefix_cache=prefix_cache,
+    )
+    run(machine, script)

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
+from nitsum.events import HandedOver
 from nitsum.messages import Move
+from nitsum.plan import PlanSet, parse_plan
 from tests.unit.engine.machine import Machine
 
 TIERS = ("priority", "default", "flex", "batch")
@@ -55,6 +57,16 @@ def test_soak(seed: int):
     machine = Machine(num_ranks, seed=seed, num_blocks=24, units_per_block=units)
     soak(machine, seed, num_turns=400, num_live=4 * num_ranks)
     machine.drain()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_soak_with_roles(seed: int):
+    names = ("TP2-prefill+2xTP1-decode", "TP4", "2xTP1-prefill+TP2-decode", "4xTP1")
+    plans = PlanSet(4, tuple(parse_plan(name, 4) for name in names), names[0])
+    machine = Machine(4, seed=seed, num_blocks=24, plans=plans)
+    soak(machine, seed, num_turns=400, num_live=8)
+    machine.drain()
+    assert sum(isinstance(event, HandedOver) for event in machine.log.events) > 0
 
 
 def test_soak_reaches_what_it_is_for():
