@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from nitsum.cli import bench_engine, bench_load, bench_overlay, bench_soak, bench_switch
+from nitsum.cli import (
+    bench_control,
+    bench_engine,
+    bench_load,
+    bench_overlay,
+    bench_soak,
+    bench_switch,
+)
 
 _MEASUREMENTS = (
     (
@@ -24,6 +31,12 @@ _MEASUREMENTS = (
         "what it costs lanes to take turns on the same GPUs",
         bench_overlay.add_arguments,
         bench_overlay.run,
+    ),
+    (
+        "control",
+        "in simulation, whether changing plans pays against every static layout",
+        bench_control.add_arguments,
+        bench_control.run,
     ),
     (
         "serve",

@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import sqrt
 from typing import NamedTuple, Protocol
 
+from nitsum.control.classes import Shape
 from nitsum.control.forecast import Arrivals, Forecast, waiting_by_tier
 from nitsum.control.load import Load, TierLoad
 from nitsum.control.outcomes import Outcomes
-from nitsum.control.score import PlanScore, Scorer, Shape
+from nitsum.control.score import PlanScore, Scorer
 from nitsum.cost.protocol import CostModel
 from nitsum.events import (
     AnyEvent,
@@ -97,14 +99,15 @@ class Rules:
     look_s: float = 0.2
     """Between two looks for a change of the load."""
     margin: float = 0.05
-    """A plan must promise this share more than the one in force."""
+    """A plan must promise this share more than the one in force, and more while few requests were
+    seen: see `noise`."""
+    noise: float = 0.5
+    """Added to the margin, over the root of the number of requests that the load was seen in."""
     min_dwell_s: float = 5.0
     """After the end of a switch before the next."""
     max_switches_per_minute: int = 6
     expected_dwell_s: float = 20.0
     """Assumed stay in a plan until stays have been seen."""
-    sure_margin: float = 0.2
-    """Enough to go at once when the load changes, without a second look."""
     num_agree: int = 2
     """Looks in a row that must choose the same plan."""
     judge_s: float = 30.0
@@ -124,6 +127,8 @@ class Look:
     prices: dict[str, float]
     """Seconds of the machine's time to get to each other plan."""
     dwell_s: float
+    margin: float
+    """Share of the value in force that a plan must promise more."""
 
     def price_per_s(self, plan: str) -> float:
         """Value lost on the way, spread over the expected stay."""
@@ -235,6 +240,7 @@ class Controller:
             scores={name: self._score(name, load) for name in self.shapes},
             prices={p.name: self._price(view, p) for p in self.plans.plans if p.name != current},
             dwell_s=self.dwell_s,
+            margin=self._margin(load),
         )
         chosen, reason = self._choose(look, view)
         decided = self._record(view, look, chosen, reason)
@@ -246,7 +252,17 @@ class Controller:
     def _score(self, name: str, load: Load) -> PlanScore:
         """With what was learnt about the plan taken into account."""
         score = self.scorer.score(self.shapes[name], load)
-        return score._replace(value=score.value * self.trust.get(name, 1.0))
+        return score._replace(value=score.value * self._trust_in(name))
+
+    def _trust_in(self, name: str) -> float:
+        """Of a plan that was not in force yet as much as of the others: an estimate that was too
+        high here is likely to be so there."""
+        known = self.trust
+        return known.get(name, sum(known.values()) / len(known) if known else 1.0)
+
+    def _margin(self, load: Load) -> float:
+        num_seen = sum(t.rate_per_s * self.arrivals.window_s + t.num_waiting for t in load)
+        return self.rules.margin + self.rules.noise / sqrt(max(1.0, num_seen))
 
     def _learn(self, plan: str, predicted_per_s: float, realised_per_s: float) -> None:
         """Never above 1: serving more than predicted only says that the load was light."""
@@ -261,12 +277,12 @@ class Controller:
         current, best = look.current, max(look.prices, key=look.gain, default=look.current)
         if best == current:
             return current, "there is no other plan"
-        if look.gain(best) <= self.rules.margin * look.scores[current].value:
+        if look.gain(best) <= look.margin * look.scores[current].value:
             self._agreed = ("", 0)
-            return current, f"no plan promises {self.rules.margin:.0%} more, its price included"
+            return current, f"no plan promises {look.margin:.0%} more, its price included"
         name, times = self._agreed
         self._agreed = (best, times + 1 if name == best else 1)
-        sure = look.gain(best) > self.rules.sure_margin * look.scores[current].value
+        sure = look.gain(best) > 2 * look.margin * look.scores[current].value
         in_time = look.trigger != "window" and sure
         if self._agreed[1] < self.rules.num_agree and not in_time:
             return current, f"{best} looks better; it has to do so in the next window too"

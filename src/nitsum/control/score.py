@@ -9,6 +9,9 @@ Three steps, each a few multiplications:
                 Lanes that share ranks share their time
     attainment  of the time to first token: an M/G/m queue whose wait has an exponential tail
 
+Where prefill lanes hand over, a tier's rate is what both kinds of lanes can bear: prompts alone in
+the one, answers alone in the other.
+
 The numbers rank plans; they are estimates, and say so where they are printed. Lanes of equal
 degree, tiers and role are one class, so the work does not grow with the number of GPUs.
 """
@@ -16,13 +19,14 @@ degree, tiers and role are one class, so the work does not grow with the number 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from math import exp, log, sqrt
 from typing import NamedTuple
 
+from nitsum.control.classes import Shape
 from nitsum.control.load import Load, TierLoad
 from nitsum.control.steps import StepTimes
-from nitsum.plan import Lane, Plan, Role
+from nitsum.plan import Plan, Role
 
 STEPS_BEFORE = 1.5
 """Steps under way that a new request waits for: one runs, one may be queued behind it."""
@@ -48,41 +52,6 @@ class Limits(NamedTuple):
     """KV room of a lane with ranks of its own, by degree, tokens."""
 
 
-class LaneClass(NamedTuple):
-    """Lanes of a plan that are alike."""
-
-    degree: int
-    num_lanes: int
-    tiers: tuple[str, ...]
-    role: Role
-
-    def serves(self, tier: str) -> bool:
-        return not self.tiers or tier in self.tiers
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A plan as the score sees it: classes, and which share of a class's ranks another covers."""
-
-    name: str
-    classes: tuple[LaneClass, ...]
-    cover: tuple[tuple[float, ...], ...]
-    """cover[a][b]: share of b's ranks that also belong to a lane of a; 1 for a == b."""
-
-    @classmethod
-    def of(cls, plan: Plan) -> Shape:
-        by_class: dict[tuple[int, tuple[str, ...], Role], list[Lane]] = {}
-        for lane in plan.lanes:
-            by_class.setdefault((lane.degree, lane.tiers, lane.role), []).append(lane)
-        ranks = [{r for lane in lanes for r in lane.ranks} for lanes in by_class.values()]
-        cover = tuple(tuple(len(a & b) / len(b) for b in ranks) for a in ranks)
-        classes = tuple(
-            LaneClass(degree, len(lanes), tiers, role)
-            for (degree, tiers, role), lanes in by_class.items()
-        )
-        return cls(plan.name, classes, cover)
-
-
 class Capacity(NamedTuple):
     """One lane serving one tier only, as fast as it may."""
 
@@ -94,6 +63,16 @@ class Capacity(NamedTuple):
 
 
 NOTHING = Capacity(0.0, 0.0, 0.0, "too slow")
+
+
+class _Then(NamedTuple):
+    """Where answers go on after prefill lanes."""
+
+    places: list[int]
+    capacities: list[Capacity]
+    rate_per_s: float
+    share: float
+    """Of what the prefill lanes could give them, at most 1."""
 
 
 class TierScore(NamedTuple):
@@ -134,7 +113,7 @@ class Scorer:
         self.horizon_s = horizon_s
         """In which requests that wait already are to be served."""
         self._load: Load = ()
-        self._capacities: dict[tuple[int, str, int], Capacity] = {}
+        self._capacities: dict[tuple[int, str, int, Role], Capacity] = {}
         self._alone_s: dict[tuple[int, str], list[float]] = {}
 
     def score(self, plan: Plan | Shape, load: Load) -> PlanScore:
@@ -154,12 +133,15 @@ class Scorer:
         """Work with a deadline may wait for a good part of it."""
         return max(self.horizon_s, (load.deadline_s or 0.0) / 4)
 
-    def capacity(self, degree: int, load: TierLoad, bound_s: float) -> Capacity:
-        """At steps of at most `bound_s` seconds."""
-        key = (degree, load.tier, int(bound_s * 1e4))
+    def capacity(
+        self, degree: int, load: TierLoad, bound_s: float, role: Role = "mixed"
+    ) -> Capacity:
+        """At steps of at most `bound_s` seconds, of a lane that does its role's part only."""
+        key = (degree, load.tier, int(bound_s * 1e4), role)
         found = self._capacities.get(key)
         if found is None:
-            found = self._capacities[key] = self._capacity(degree, load, bound_s)
+            part = of_role(load, role)
+            found = self._capacities[key] = self._capacity(degree, part, bound_s)
         return found
 
     def prefills_s(self, degree: int, load: TierLoad) -> list[float]:
@@ -187,20 +169,19 @@ class Scorer:
                 else:
                     high = middle
             room, step_s = low, low_s
-        if room * load.output_tokens < 0.05 or step_s <= 0.0:
+        if room * (load.output_tokens + load.prompt_tokens) < 0.05 or step_s <= 0.0:
             return NOTHING
         return Capacity(room / step_s, step_s, room * load.output_tokens, bound)
 
     def _room(self, degree: int, load: TierLoad) -> tuple[float, str]:
         """Requests' worth of tokens one step may hold at most, and what says so."""
         limits = self.limits
+        num_tokens = load.output_tokens + load.prompt_tokens
+        answers = max(load.output_tokens, 1e-9)
         return min(
-            (limits.max_num_seqs / load.output_tokens, "slots"),
-            (limits.max_batch_tokens / (load.output_tokens + load.prompt_tokens), "step tokens"),
-            (
-                limits.kv_tokens(degree) / load.mean_context_tokens / load.output_tokens,
-                "kv",
-            ),
+            (limits.max_num_seqs / answers, "slots"),
+            (limits.max_batch_tokens / num_tokens, "step tokens"),
+            (limits.kv_tokens(degree) / load.mean_context_tokens / answers, "kv"),
         )
 
     def _step_s(self, degree: int, load: TierLoad, requests: float) -> float:
@@ -209,6 +190,18 @@ class Scorer:
         prefill = requests * load.prompt_tokens
         context = num_decode * load.mean_context_tokens
         return self.steps.seconds(degree, num_decode, context, prefill, load.prompt_tokens / 2)
+
+
+def of_role(load: TierLoad, role: Role) -> TierLoad:
+    """The part of the tier's work that a lane of the role does."""
+    match role:
+        case "prefill":
+            return replace(load, output_tokens=0.0)
+        case "decode":
+            context = max(load.context_tokens, load.prompt_tokens)
+            return replace(load, prompt_tokens=0.0, context_tokens=context)
+        case _:
+            return load
 
 
 def bound_of(load: TierLoad) -> float:
@@ -244,6 +237,12 @@ class _Filling:
             shape.classes[c].num_lanes * capacity.rate_per_s * room
             for c, capacity, room in zip(places, capacities, left, strict=True)
         ]
+        then = self._then(
+            load, sum(r for c, r in zip(places, rates, strict=True) if self._hands(c))
+        )
+        rates = [
+            r * then.share if self._hands(c) else r for c, r in zip(places, rates, strict=True)
+        ]
         total = sum(rates)
         if total <= 0.0 or rate <= 0.0:
             slow = next((c.bound for c in capacities if not c.rate_per_s), "no lane")
@@ -259,6 +258,8 @@ class _Filling:
             feasible += min(served, of_class * FULL) * met
             ttft, tpot = max(ttft, ttft_s), max(tpot, self._mean_step(c, capacity, share))
             self._use(c, load, capacity, room * min(1.0, share), served)
+            if self._hands(c):
+                tpot = max(tpot, self._go_on(then, load, min(served, of_class)))
         worst = max(range(len(places)), key=lambda i: rates[i])
         return TierScore(
             load.tier,
@@ -277,6 +278,37 @@ class _Filling:
         serving = [c for c in able if classes[c].serves(load.tier)]
         return serving or able
 
+    def _hands(self, c: int) -> bool:
+        return self.shape.classes[c].role == "prefill"
+
+    def _then(self, load: TierLoad, rate_per_s: float) -> _Then:
+        """The lanes that go on after prefill lanes, which could give them `rate_per_s`."""
+        if not rate_per_s:
+            return _Then([], [], 0.0, 1.0)
+        classes = self.shape.classes
+        after = [c for c, lane in enumerate(classes) if lane.role != "prefill"]
+        serving = [c for c in after if classes[c].serves(load.tier)] or after
+        bound_s = bound_of(load)
+        caps = [
+            self.scorer.capacity(classes[c].degree, load, min(bound_s, self.bound_s[c]), "decode")
+            for c in serving
+        ]
+        total = sum(
+            classes[c].num_lanes * cap.rate_per_s * self._left(c)
+            for c, cap in zip(serving, caps, strict=True)
+        )
+        return _Then(serving, caps, total, min(1.0, total / rate_per_s))
+
+    def _go_on(self, then: _Then, load: TierLoad, rate_per_s: float) -> float:
+        """Book the answers of so many requests; the time of a step in their lanes."""
+        share, step_s = min(1.0, rate_per_s / max(then.rate_per_s, 1e-12)), 0.0
+        for c, capacity in zip(then.places, then.capacities, strict=True):
+            of_class = share * self._left(c)
+            served = self.shape.classes[c].num_lanes * capacity.rate_per_s * of_class
+            self._use(c, load, capacity, of_class, served)
+            step_s = max(step_s, self._mean_step(c, capacity, share))
+        return step_s
+
     def _sharers(self, c: int, places: list[int]) -> float:
         """How many of `places` use the class's ranks, itself included: they halve its time."""
         return sum(self.shape.cover[a][c] for a in places)
@@ -291,6 +323,8 @@ class _Filling:
     def _capacity(self, c: int, load: TierLoad) -> Capacity:
         """As the tiers before it leave it: a tight one that is there keeps the steps short."""
         degree = self.shape.classes[c].degree
+        if self._hands(c):
+            return self.scorer.capacity(degree, load, DECODE_PATIENCE_S, "prefill")
         own_s = bound_of(load)
         tight_s, presence = own_s, 0.0
         for a, row in enumerate(self.shape.cover):
@@ -312,6 +346,8 @@ class _Filling:
     ) -> None:
         self.used[c] += share
         self.step_s[c] = max(self.step_s[c], self._mean_step(c, capacity, share))
+        if self._hands(c):
+            return
         bound_s = bound_of(load)
         running = (
             rate_per_s / self.shape.classes[c].num_lanes * load.output_tokens * capacity.step_s

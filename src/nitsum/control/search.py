@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from itertools import combinations
 from math import comb
 
+from nitsum.control.classes import LaneClass, Shape
 from nitsum.control.load import Load
-from nitsum.control.score import LaneClass, PlanScore, Scorer, Shape
+from nitsum.control.score import PlanScore, Scorer
 from nitsum.plan import Group, Lane, Plan, parse_plan
 
 MAX_ENUMERATED = 200_000
@@ -29,7 +30,8 @@ URGENT, PATIENT = ("priority", "default"), ("flex", "batch")
 def feasible_plans(num_ranks: int, degrees: Sequence[int]) -> list[Plan]:
     """Every layout of lanes at `degrees`: partitions, halves by tier, express lanes over bulk ones.
 
-    Mixed partitions come twice: wide lanes preferred by urgent tiers, and open to all.
+    Mixed partitions come twice: wide lanes preferred by urgent tiers, and open to all. Partitions
+    in two come with the roles prefill and decode, too.
     """
     plans: dict[tuple[Lane, ...], Plan] = {}
     for plan in _all_plans(num_ranks, sorted(degrees, reverse=True)):
@@ -46,6 +48,7 @@ def _all_plans(num_ranks: int, degrees: list[int]) -> Iterator[Plan]:
             yield Plan(f"{plan.name} open", lanes)
         elif len(parts) > 1:
             yield _halves(plan)
+        yield from _with_roles(parts, num_ranks)
     for wide in degrees:
         for narrow in degrees:
             if narrow < wide:
@@ -64,7 +67,7 @@ def _partitions(total: int, degrees: list[int]) -> Iterator[list[int]]:
 
 def _name(parts: list[int]) -> str:
     counts = Counter(parts)
-    return "+".join(f"{n}xTP{d}" if n > 1 else f"TP{d}" for d, n in counts.items())
+    return "+".join(_term(n, d) for d, n in counts.items())
 
 
 def _halves(plan: Plan) -> Plan:
@@ -73,6 +76,27 @@ def _halves(plan: Plan) -> Plan:
     lanes = [Lane(lane.group, "mixed", URGENT) for lane in plan.lanes[:half]]
     lanes += [Lane(lane.group, "mixed", PATIENT) for lane in plan.lanes[half:]]
     return Plan(f"{plan.name} split", tuple(lanes))
+
+
+def _with_roles(parts: list[int], num_ranks: int) -> Iterator[Plan]:
+    """The partition with its first lanes for prompts and the others for answers. Cut where the
+    degree changes, or in a half and a quarter of equal lanes; wide lanes may do either."""
+    counts = Counter(parts)
+    if len(counts) == 2:
+        (wide, num_wide), (narrow, num_narrow) = counts.items()
+        for first, second in (("prefill", "decode"), ("decode", "prefill")):
+            yield parse_plan(
+                f"{_term(num_wide, wide)}-{first}+{_term(num_narrow, narrow)}-{second}", num_ranks
+            )
+    elif len(counts) == 1 and len(parts) > 1:
+        degree, num = parts[0], len(parts)
+        for num_first in sorted({num // 2, num // 4, num - num // 4} - {0, num}):
+            first, second = _term(num_first, degree), _term(num - num_first, degree)
+            yield parse_plan(f"{first}-prefill+{second}-decode", num_ranks)
+
+
+def _term(count: int, degree: int) -> str:
+    return f"{count}xTP{degree}" if count > 1 else f"TP{degree}"
 
 
 def _overlays(num_ranks: int, wide: int, narrow: int) -> Iterator[Plan]:

@@ -90,6 +90,11 @@ class SimExecutor:
 
     # -- time --
 
+    def stand_still(self, seconds: float) -> None:
+        """No rank starts anything else for so long after what it has now."""
+        now = self.clock.now()
+        self._free_s = [max(now, free_s) + seconds for free_s in self._free_s]
+
     @property
     def next_reply_s(self) -> float:
         """When the next reply will be here; infinite while nothing is under way."""

@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from nitsum.control.classes import Shape
 from nitsum.control.hindsight import best_path
 from nitsum.control.load import Load, Sample, by_level, sum_up
-from nitsum.control.score import Scorer, Shape
+from nitsum.control.score import Scorer
 from nitsum.metrics.targets import Targets
 from nitsum.plan import PlanSet
 from nitsum.sim.run import Options, PlannedSwitch, SimResult, controller_of, simulate

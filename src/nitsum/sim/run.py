@@ -21,7 +21,7 @@ from nitsum.control.controller import Controller
 from nitsum.engine.core import Core
 from nitsum.engine.steering import new_controller
 from nitsum.errors import NitsumError
-from nitsum.events import BothSinks, EventSink
+from nitsum.events import AnyEvent, BothSinks, EventSink, SwitchStarted
 from nitsum.messages import FromEngine, Output, SwitchReport
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets
@@ -54,6 +54,8 @@ class Options:
     drain_s: float = 600.0
     """How long after the last arrival the run may go on; what is left then counts as missed."""
     switches: tuple[PlannedSwitch, ...] = ()
+    switch_cost_s: float = 0.0
+    """Every rank stands still so long when a switch starts, beside what its moves take."""
 
 
 @dataclass
@@ -111,6 +113,8 @@ class Simulation:
             seed=self.options.seed,
         )
         every_sink = self.recorder if sink is None else BothSinks(self.recorder, sink)
+        if self.options.switch_cost_s:
+            every_sink = BothSinks(every_sink, _Toll(self.executor, self.options.switch_cost_s))
         self.core = Core(
             system.config,
             system.arena,
@@ -210,6 +214,18 @@ class Simulation:
         shares = self._arena_shares
         result.arena_mean_share = sum(shares) / len(shares) if shares else 0.0
         result.arena_max_share = max(shares, default=0.0)
+
+
+class _Toll:
+    """Takes a fixed price for every switch."""
+
+    def __init__(self, executor: SimExecutor, seconds: float) -> None:
+        self.executor = executor
+        self.seconds = seconds
+
+    def emit(self, event: AnyEvent) -> None:
+        if isinstance(event, SwitchStarted):
+            self.executor.stand_still(self.seconds)
 
 
 @contextmanager

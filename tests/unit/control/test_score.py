@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from nitsum.control.classes import Shape
 from nitsum.control.load import Load, Sample, TierLoad, by_level, scaled, sum_up
-from nitsum.control.score import Limits, Scorer, Shape
+from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Machine
@@ -152,3 +153,31 @@ def test_probes_stand_for_equal_shares():
         output_tokens=1.0,
     )
     assert [probe.prompt_tokens for probe in load.probes] == [51, 151, 251, 351, 451, 551]
+
+
+def test_prefill_and_decode_lanes_bear_what_both_can():
+    """Long prompts and short answers starve for prefill lanes, the reverse for decode lanes."""
+    even = parse_plan("4xTP1-prefill+4xTP1-decode", 8)
+    mostly_prefill = parse_plan("6xTP1-prefill+2xTP1-decode", 8)
+    prompts = (tier_load("default", 1000.0, 4000, 8),)
+    answers = (tier_load("default", 1000.0, 100, 800),)
+    judge = scorer()
+    assert judge.score(mostly_prefill, prompts).value > judge.score(even, prompts).value
+    assert judge.score(mostly_prefill, answers).value < judge.score(even, answers).value
+
+
+def test_decode_lanes_keep_a_pace_that_chunks_would_break():
+    """In a mixed lane a tight pace leaves small chunks; a prefill lane takes whole ones."""
+    tight = replace(tier_load("priority", 1000.0, 4000, 16), tpot_s=0.0045)
+    judge = scorer()
+    mixed = judge.score(parse_plan("2xTP4", 8), (tight,))
+    apart = judge.score(parse_plan("TP4-prefill+TP4-decode", 8), (tight,))
+    assert apart.value > 1.2 * mixed.value
+
+
+def test_roles_share_time_between_tiers():
+    judge, plan = scorer(), parse_plan("4xTP1-prefill+4xTP1-decode", 8)
+    alone = judge.score(plan, (tier_load("default", 500.0),))
+    both = judge.score(plan, by_level([tier_load("priority", 20.0), tier_load("default", 500.0)]))
+    assert both.tiers[0].feasible_per_s > 0.0
+    assert both.tiers[1].feasible_per_s < alone.tiers[0].feasible_per_s

@@ -39,6 +39,13 @@ def test_all_partitions_into_powers_of_two_are_there():
     assert len(parts) == 10
 
 
+def test_partitions_in_two_come_with_roles():
+    names = {plan.name for plan in feasible_plans(8, [1, 2, 4, 8]) if plan.has_roles}
+    assert "TP4-prefill+TP4-decode" in names
+    assert {"TP4-prefill+4xTP1-decode", "TP4-decode+4xTP1-prefill"} <= names
+    assert {f"{n}xTP1-prefill+{8 - n}xTP1-decode" for n in (2, 4, 6)} <= names
+
+
 def test_narrow_degrees_can_be_left_out():
     plans = feasible_plans(8, [4, 8])
     assert {lane.degree for plan in plans for lane in plan.lanes} == {4, 8}

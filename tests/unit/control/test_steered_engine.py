@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from nitsum.control.classes import Shape
 from nitsum.control.controller import Controller, Rules
 from nitsum.control.load import Load
-from nitsum.control.score import Limits, PlanScore, Scorer, Shape
+from nitsum.control.score import Limits, PlanScore, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import FixedCost
 from nitsum.engine.core import Core

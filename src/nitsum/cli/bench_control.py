@@ -1,0 +1,75 @@
+"""`nitsum bench control`: does changing plans pay? In simulation, window by window."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from nitsum.bench.provenance import summary
+from nitsum.cli.readers import boolean, entries, text
+from nitsum.cli.sources import add_flags, setting, settings_or_error
+from nitsum.errors import ConfigError
+from nitsum.sim.study import Bench, StudyWindow, WindowResult, explained, figures, load_study
+from nitsum.sim.study_page import save_page, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """Which study, and where its results go."""
+
+    study: str = setting(text, "", "the study: model, plans and windows", "FILE", positional=True)
+    data: str = setting(text, ".", "folder of the traces that the study names", "FOLDER")
+    only: tuple[object, ...] = setting(entries, (), "only these windows", "NAME,...")
+    costs: bool = setting(boolean, True, "also run every window at each added switch cost")
+    output: str = setting(text, "", "write summary.json, a page and decisions here", "FOLDER")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ControlSettings, config=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve every window with every system, print the table, keep what was asked for."""
+    settings = settings_or_error(ControlSettings, args, os.environ)
+    if not settings.study:
+        raise ConfigError("Name a study, such as benchmarks/workloads/control.yaml.")
+    study = load_study(Path(settings.study), Path(settings.data))
+    bench = Bench.of(study)
+    results: list[WindowResult] = []
+    for window in _asked(study.windows, settings.only):
+        print(f"{window.mix.name}:", flush=True)
+        result = bench.run(window, lambda line: print(line, flush=True), costs=settings.costs)
+        results.append(result)
+        if settings.output:
+            _save(Path(settings.output), results, bench)
+    print(table(results))
+    return 0
+
+
+def _asked(windows: list[StudyWindow], names: tuple[object, ...]) -> list[StudyWindow]:
+    known = [window.mix.name for window in windows]
+    unknown = sorted({str(name) for name in names} - set(known))
+    if unknown:
+        raise ConfigError(f"--only: no window {', '.join(unknown)}. There are: {', '.join(known)}.")
+    return [window for window in windows if not names or window.mix.name in names]
+
+
+def _save(folder: Path, results: list[WindowResult], bench: Bench) -> None:
+    """Everything so far: a study takes minutes, and may be broken off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    study = bench.study
+    notes = (
+        f"Simulated, not served: {study.model} on {study.machine}; ours holds "
+        f"{', '.join(study.plans)}; arrivals of the first {study.warmup_s:g} s are not judged; "
+        f"targets: {bench.targets.source}. layout_bound: the best static layout of every "
+        f"{study.cell_s:g} s over the best of all, without any price for changing."
+    )
+    content = msgspec.json.encode(summary(figures(results), notes))
+    (folder / "summary.json").write_bytes(msgspec.json.format(content, indent=1) + b"\n")
+    save_page(results, bench, folder / "index.html")
+    for result in results:
+        (folder / f"{result.name}.decisions.txt").write_text(explained(result) + "\n")

@@ -1,0 +1,72 @@
+"""Windows of load, served by every layout and by ours, in figures and on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nitsum.errors import ConfigError
+from nitsum.sim.study import Bench, Served, WindowResult, explained, figures, load_study
+from nitsum.sim.study_page import save_page, table
+
+STUDY = """
+model: Llama-3.1-8B
+machine: 2xA100-80GB
+plans: [2xTP1, TP2]
+warmup_s: 2
+cell_s: 4
+switch_costs_s: [0.1]
+windows:
+  - shifting: true
+    mix:
+      name: flip
+      duration_s: 12
+      streams:
+        - {name: chat, rate_per_s: 4, lengths: azure_conversation, tiers: {priority: 1}}
+      phases: [{name: a, at_s: 0}, {name: b, at_s: 6, rates: {chat: 2}}]
+"""
+
+
+def served(name: str, *met: int) -> Served:
+    return Served(name, [*met], 100, 10.0 * len(met), {}, 0.5, 0, 1.0)
+
+
+def test_a_study_from_file_to_page(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    bench = Bench.of(load_study(tmp_path / "study.yaml", tmp_path))
+    lines: list[str] = []
+    result = bench.run(bench.study.windows[0], lines.append)
+    assert [each.system for each in result.statics] == ["2xTP1 nitsum", "TP2 nitsum"]
+    assert len(lines) == 5
+    assert result.ours.num_requests == result.statics[0].num_requests > 20
+    found = figures([result])
+    assert found["goodput_vs_best_static_min"] == found["flip_goodput_vs_best_static"]
+    assert 0.0 < found["goodput_vs_hindsight_min"] <= 1.0
+    assert "goodput_vs_best_static_min_any_switch_cost" in found
+    assert "flip" in table([result])
+    save_page([result], bench, tmp_path / "index.html")
+    assert "<svg" in (tmp_path / "index.html").read_text()
+    assert isinstance(explained(result), str)
+
+
+def test_ratios_by_hand():
+    result = WindowResult(
+        name="w",
+        shifting=True,
+        statics=[served("wide", 10, 2), served("narrow", 4, 9)],
+        ours=served("ours", 9, 8),
+        path=served("hindsight", 10, 9),
+    )
+    assert result.best_static.system == "narrow"
+    assert result.layout_bound == pytest.approx(19 / 13)
+    assert result.over_static(result.ours) == pytest.approx(17 / 13)
+    assert result.over_hindsight == pytest.approx(17 / 19)
+
+
+def test_a_bad_study_is_named(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text("model: x\n")
+    with pytest.raises(ConfigError, match=r"Study .*machine"):
+        load_study(tmp_path / "study.yaml", tmp_path)
+    with pytest.raises(ConfigError, match="Cannot read study"):
+        load_study(tmp_path / "none.yaml", tmp_path)
