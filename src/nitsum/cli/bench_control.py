@@ -13,8 +13,11 @@ from nitsum.bench.provenance import summary
 from nitsum.cli.readers import boolean, entries, text
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.errors import ConfigError
+from nitsum.sim.article import article_figures, article_points
+from nitsum.sim.page import save_page as save_sweep
 from nitsum.sim.study import Bench, StudyWindow, WindowResult, explained, figures, load_study
 from nitsum.sim.study_page import save_page, table
+from nitsum.sim.sweep import Point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class ControlSettings:
     study: str = setting(text, "", "the study: model, plans and windows", "FILE", positional=True)
     data: str = setting(text, ".", "folder of the traces that the study names", "FOLDER")
     only: tuple[object, ...] = setting(entries, (), "only these windows", "NAME,...")
+    article: bool = setting(boolean, True, "also the published setting, if the study has it")
     costs: bool = setting(boolean, True, "also run every window at each added switch cost")
     output: str = setting(text, "", "write summary.json, a page and decisions here", "FOLDER")
 
@@ -40,13 +44,23 @@ def run(args: argparse.Namespace) -> int:
     study = load_study(Path(settings.study), Path(settings.data))
     bench = Bench.of(study)
     results: list[WindowResult] = []
+    points: list[Point] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if study.article is not None and settings.article:
+        say("the published setting:")
+        points = article_points(bench, study.article, say)
     for window in _asked(study.windows, settings.only):
-        print(f"{window.mix.name}:", flush=True)
-        result = bench.run(window, lambda line: print(line, flush=True), costs=settings.costs)
+        say(f"{window.mix.name}:")
+        result = bench.run(window, say, costs=settings.costs)
         results.append(result)
         if settings.output:
-            _save(Path(settings.output), results, bench)
-    print(table(results))
+            _save(Path(settings.output), results, points, bench)
+    say(table(results))
+    for name, value in (article_figures(points) if points else {}).items():
+        say(f"{name:<44}{value:>8.3f}")
     return 0
 
 
@@ -58,7 +72,7 @@ def _asked(windows: list[StudyWindow], names: tuple[object, ...]) -> list[StudyW
     return [window for window in windows if not names or window.mix.name in names]
 
 
-def _save(folder: Path, results: list[WindowResult], bench: Bench) -> None:
+def _save(folder: Path, results: list[WindowResult], points: list[Point], bench: Bench) -> None:
     """Everything so far: a study takes minutes, and may be broken off."""
     folder.mkdir(parents=True, exist_ok=True)
     study = bench.study
@@ -68,8 +82,11 @@ def _save(folder: Path, results: list[WindowResult], bench: Bench) -> None:
         f"targets: {bench.targets.source}. layout_bound: the best static layout of every "
         f"{study.cell_s:g} s over the best of all, without any price for changing."
     )
-    content = msgspec.json.encode(summary(figures(results), notes))
+    found = figures(results) | (article_figures(points) if points else {})
+    content = msgspec.json.encode(summary(found, notes))
     (folder / "summary.json").write_bytes(msgspec.json.format(content, indent=1) + b"\n")
     save_page(results, bench, folder / "index.html")
+    if points:
+        save_sweep(points, folder / "article.html", f"{study.model} on {study.machine}, simulated")
     for result in results:
         (folder / f"{result.name}.decisions.txt").write_text(explained(result) + "\n")

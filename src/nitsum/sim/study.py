@@ -49,6 +49,16 @@ class StudyWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The mix flips, so that no layout is the best all the time."""
 
 
+class Article(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The published setting: 30% priority and 70% default requests, at rising rates."""
+
+    loads: list[float]
+    """Requests per second."""
+    duration_s: float
+    lengths: str
+    warmup_s: float = 30.0
+
+
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The file: what is served on what, and under which loads."""
 
@@ -57,6 +67,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     plans: list[str]
     """Those that ours holds ready, the first one at the start."""
     windows: list[StudyWindow]
+    article: Article | None = None
     statics: list[str] = []
     """Layouts it is compared with; empty: uniform lanes of every degree that fits."""
     warmup_s: float = 60.0
@@ -173,6 +184,7 @@ class Bench:
     """Systems and targets of a study."""
 
     study: Study
+    site: Site
     targets: Targets
     statics: list[System]
     ours: System
@@ -192,7 +204,7 @@ class Bench:
         statics = [static_system(site, plan, "nitsum") for plan in named or fitting]
         plans = read_plans([*study.plans], site.num_ranks)
         ours = build_system(site, "ours", plans, "nitsum", min_tp=plans.degrees[0])
-        return cls(study, targets, statics, replace(ours, steers=True))
+        return cls(study, site, targets, statics, replace(ours, steers=True))
 
     def run(self, window: StudyWindow, note: Note, *, costs: bool = True) -> WindowResult:
         """Every system on the window, one after another."""
@@ -208,7 +220,10 @@ class Bench:
             path=self._told(served(path, "hindsight", self.targets, self.study), note),
         )
         for cost_s in self.study.switch_costs_s if costs else ():
-            result.by_cost[cost_s] = self._serve(self.ours, items, note, cost_s)
+            if ours.num_switches:
+                result.by_cost[cost_s] = self._serve(self.ours, items, note, cost_s)
+            else:
+                result.by_cost[cost_s] = ours  # whatever it costs: there was none
         return result
 
     def _options(self, cost_s: float = 0.0) -> Options:

@@ -10,6 +10,7 @@ import pytest
 
 from nitsum.control.controller import Controller, Held, Rules
 from nitsum.control.decisions import summary, told, words
+from nitsum.control.load import by_level
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import FixedCost
@@ -25,6 +26,7 @@ from nitsum.events import (
 from nitsum.plan import Group, Lane, Plan, PlanSet, parse_plan
 from nitsum.step import BatchShape
 from nitsum.tier import TierSet
+from tests.unit.control.test_score import tier_load
 
 PLANS = PlanSet(2, (parse_plan("TP2", 2), parse_plan("2xTP1", 2)), "TP2")
 
@@ -163,6 +165,26 @@ def test_a_steady_load_never_switches():
     world = World(controller())
     world.run(120.0, 3.0, urgent=True)
     assert world.moves == []
+
+
+def test_few_requests_are_no_reason_to_move():
+    """The same load, seen in so few that chance may have made it, needs a larger gain."""
+    judge = controller()
+    world = World(judge)
+    world.run(20.0, 3.0, urgent=True)
+    few = judge._margin(judge.arrivals.load(world.at_s))
+    world.run(60.0, 45.0, urgent=False)
+    many = judge._margin(judge.arrivals.load(world.at_s))
+    assert 0.05 < many < 0.08 < few < 0.2
+
+
+def test_a_plan_that_was_never_in_force_is_trusted_like_the_others():
+    judge = controller()
+    judge.trust = {"TP2": 0.5}
+    load = by_level([tier_load("default", 5.0)])
+    scores = {name: judge._score(name, load).value for name in ("TP2", "2xTP1")}
+    plain = {name: judge.scorer.score(judge.shapes[name], load).value for name in scores}
+    assert scores == {name: pytest.approx(0.5 * value) for name, value in plain.items()}
 
 
 def test_a_dear_switch_is_not_made():
