@@ -51,6 +51,10 @@ class LaneTable(Lanes, Protocol):
         """No new work; what waits without KV is routed anew."""
         ...
 
+    def route_waiting(self, group: Group) -> None:
+        """What waits there without KV is routed anew: the lane takes no prompts any more."""
+        ...
+
     def close_lane(self, group: Group) -> bool:
         """Remove a drained lane; False while a step of it is in flight."""
         ...
@@ -295,6 +299,9 @@ class Switcher:
         self.plan = switch.dst
         for lane in switch.dst.lanes:
             self.lanes.open_lane(lane)
+        for lane in switch.dst.lanes:
+            if lane.role == "decode":
+                self.lanes.route_waiting(lane.group)
         for group in self.draining:
             self.lanes.drain_lane(group)
 

@@ -334,8 +334,6 @@ class Generation:
             loop.lane = loop.scheduler.lane = lane
             loop.draining = False
             self._meet_neighbours()
-            if lane.role == "decode":
-                self._route_waiting(loop)
 
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack, and take turns while one drains."""
@@ -349,10 +347,10 @@ class Generation:
         loop = self.loops[group]
         loop.draining = True
         self._meet_neighbours()
-        self._route_waiting(loop)
+        self.route_waiting(group)
 
-    def _route_waiting(self, loop: LaneLoop) -> None:
-        for sequence in loop.scheduler.take_waiting():
+    def route_waiting(self, group: Group) -> None:
+        for sequence in self.loops[group].scheduler.take_waiting():
             self.route(sequence)
 
     def close_lane(self, group: Group) -> bool:

@@ -89,6 +89,17 @@ def test_prompts_of_a_lane_that_becomes_decode_are_routed_anew():
     assert all(event.group.index < 2 for event in routed[12:])
 
 
+def test_a_plan_may_name_its_decode_lanes_first():
+    """Prompts that wait in a lane which becomes decode go to lanes that open after it."""
+    machine = machine_of("2xTP2", "TP2-decode+2xTP1-prefill", num_blocks=40, max_num_seqs=1)
+    for seed in range(8):
+        machine.submit([seed, *PROMPT], 4)
+    machine.turn()
+    machine.switch("TP2-decode+2xTP1-prefill")
+    machine.drain()
+    assert machine.reports[-1].ok
+
+
 def test_answers_of_a_lane_that_becomes_prefill_go_on_elsewhere():
     machine = machine_of("4xTP1", "2xTP1-prefill+2xTP1-decode", num_blocks=40)
     for seed in range(8):
