@@ -73,13 +73,8 @@ class Committer:
 
     def finish(self, generation: Generation, sequence: Sequence, reason: FinishReason) -> None:
         """The end of a sequence, for whatever reason; frees what it holds."""
-        sequence.finish_reason = reason
         group = sequence.group
-        generation.release(sequence)
-        sequence.state = SeqState.FINISHED
-        self.sequences.pop(sequence.request_id, None)
-        self.early.pop(sequence.request_id, None)
-        self.hidden.pop(sequence.request_id, None)
+        self.withdraw(generation, sequence, reason)
         generation.emit(
             Finished(
                 at_s=generation.now(),
@@ -91,6 +86,17 @@ class Committer:
                 group=group,
             )
         )
+
+    def withdraw(
+        self, generation: Generation, sequence: Sequence, reason: FinishReason = "error"
+    ) -> None:
+        """Free what a sequence holds and forget it; the caller says why."""
+        sequence.finish_reason = reason
+        generation.release(sequence)
+        sequence.state = SeqState.FINISHED
+        self.sequences.pop(sequence.request_id, None)
+        self.early.pop(sequence.request_id, None)
+        self.hidden.pop(sequence.request_id, None)
 
     def _take(
         self, generation: Generation, sequence: Sequence, end: int, drawn: Drawn, now: float

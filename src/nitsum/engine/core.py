@@ -192,9 +192,8 @@ class Core:
                 self._give_up_on(sequence)
 
     def _give_up_on(self, sequence: Sequence) -> None:
-        error = queue_timeout(self.tiers[sequence.tier])
-        self.committer.finish(self.generation, sequence, "error")
-        self.outbox.put(error_output(sequence.request, error, sequence.tier))
+        self.committer.withdraw(self.generation, sequence)
+        self._refuse(sequence.request, queue_timeout(self.tiers[sequence.tier]), sequence.tier)
 
     def _switch(self) -> None:
         for report in self.generation.advance_moves():
@@ -362,17 +361,18 @@ class Core:
                 "context_length_exceeded",
             )
 
-    def _refuse(self, request: Request, error: ApiError) -> None:
-        code = error.code or "invalid_request"
+    def _refuse(self, request: Request, error: ApiError, tier: str | None = None) -> None:
+        """Say no, in the tier it would have been served as."""
+        code, tier = error.code or "invalid_request", tier or request.tier
         self.sink.emit(
             Refused(
                 at_s=self.clock.now(),
                 request_id=request.request_id,
-                tier=request.tier,
+                tier=tier,
                 code=code,
             )
         )
-        self.outbox.put(error_output(request, error, request.tier))
+        self.outbox.put(error_output(request, error, tier))
 
     def _emit_arrived(self, request: Request) -> None:
         deadline_s = self.memory.chains.deadline_s(request)

@@ -2,8 +2,10 @@
 
 promoted   waited as long as their tier allows
 owed       of a tier that has a turn coming; both only get a part of each step
-by tier    1. promised ones, then the others, as long as they can be on time: least slack first
-           2. those given up so that others are on time, and those that are late: by arrival
+by tier    1. those that can be on time: promised ones, then the others, least slack first; among
+              them late calls of chains, in the place their chain gives them
+           2. those that go back so that the others are on time
+           3. those that are late, by arrival
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def in_order(
     for sequence in prefills:
         level = level_of(sequence)
         (ahead if sequence.promoted or owed[level] else by_level[level]).append(sequence)
-    ahead.sort(key=lambda sequence: (not sequence.promoted, _by_start(sequence)))
+    ahead.sort(key=lambda sequence: (not sequence.promoted, sequence.latest_start_s))
     return ahead, _by_level(lane, step, by_level)
 
 
@@ -75,7 +77,8 @@ def _by_level(
 
 def _urgency(
     sequences: list[Sequence], start_s: float, tokens_per_s: float
-) -> Callable[[Sequence], tuple[int, bool, float]]:
+) -> Callable[[Sequence], tuple[int, bool, int, float]]:
+    """Sort key of one level's prompts: class, promised or not, the client's order, time."""
     late = {s for s in sequences if start_s > s.first_due_s}
     jobs = [
         Job(s.first_due_s, s.num_remaining / tokens_per_s, s, s.chain_start_s is not None)
@@ -84,18 +87,15 @@ def _urgency(
     ]
     back = given_up(jobs, start_s) if len(jobs) > 1 else set[Sequence]()
 
-    def key(sequence: Sequence) -> tuple[int, bool, float]:
+    def key(sequence: Sequence) -> tuple[int, bool, int, float]:
+        order, is_open = sequence.request.order, not sequence.promised
         if sequence not in late:
-            return (1 if sequence in back else 0, not sequence.promised, _by_start(sequence))
+            return (1 if sequence in back else 0, is_open, order, sequence.latest_start_s)
         if sequence.chain_start_s is not None:
-            return (0, not sequence.promised, sequence.chain_start_s)
-        return (2, False, sequence.request.arrival_s)
+            return (0, is_open, order, sequence.chain_start_s)
+        return (2, False, order, sequence.request.arrival_s)
 
     return key
-
-
-def _by_start(sequence: Sequence) -> float:
-    return sequence.latest_start_s
 
 
 def _by_arrival(sequence: Sequence) -> float:

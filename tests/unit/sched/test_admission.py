@@ -128,6 +128,10 @@ def test_who_waits_too_long_for_a_first_step_hears_of_it():
     machine.drain()
     assert machine.errors[flex].error_code == "queue_timeout"
     assert machine.errors[flex].error_status == 429
+    assert [(e.request_id, e.tier, e.code) for e in of(machine, Refused)] == [
+        (flex, "flex", "queue_timeout")
+    ]
+    assert flex not in {e.request_id for e in of(machine, Finished)}
 
 
 def test_load_spreads_and_prefixes_decide_between_equals():

@@ -248,8 +248,19 @@ submissions = st.lists(
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(script=submissions, seed=st.integers(0, 99), num_host_blocks=st.sampled_from([0, 8, 64]))
-def test_displacement_goes_down_only_and_everybody_finishes(script, seed, num_host_blocks):
+@given(
+    script=submissions,
+    seed=st.integers(0, 99),
+    num_host_blocks=st.sampled_from([0, 8, 64]),
+    is_hopeless=st.booleans(),
+)
+def test_displacement_goes_down_only_and_everybody_finishes(
+    script, seed, num_host_blocks, is_hopeless
+):
+    """Whether targets can be kept or, in three-token steps, never."""
+    tiers = patient(*DEFAULT_TIERS)
+    if is_hopeless:
+        tiers = tuple(replace(t, ttft_s=0.001) if t.ttft_s else t for t in tiers)
     machine = Machine(
         2,
         seed=seed,
@@ -257,7 +268,8 @@ def test_displacement_goes_down_only_and_everybody_finishes(script, seed, num_ho
         num_blocks=12,
         num_host_blocks=num_host_blocks,
         cost=FAST,
-        tiers=patient(*DEFAULT_TIERS),
+        tiers=tiers,
+        max_batch_tokens=3 if is_hopeless else 16,
     )
     for num_turns, tier, num_prompt, num_answer, _ in script:
         for _ in range(num_turns):
