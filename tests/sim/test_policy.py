@@ -88,11 +88,12 @@ def test_a_prompt_with_a_slot_waits_no_longer_than_its_bound():
 
 
 def test_who_is_served_ahead_of_its_turn_takes_a_part_of_a_step_only():
-    """A promoted prompt of 20 full steps must not keep urgent ones from theirs."""
+    """A promoted prompt of 50 steps beside decodes must not keep urgent ones from theirs for longer
+    than a step without decodes takes."""
     tiers = tuple(replace(t, max_wait_s=0.2) if t is TIERS[2] else t for t in TIERS)
     urgent = [item(f"p{i}", 0.1 * i, 300, 3, "priority") for i in range(60)]
     items = sorted([*urgent, item("flex", 0.01, 15_000, 2, "flex")], key=lambda x: x.at_s)
     recorder, log = run(items, tiers, max_model_len=20_000)
     assert [e.request_id for e in log.events if isinstance(e, Promoted)] == ["flex"]
     ttft = sorted(r.ttft_s for n, r in recorder.requests.items() if n != "flex")
-    assert ttft[-1] <= PRIORITY.ttft_s
+    assert ttft[-1] < 0.5
