@@ -105,7 +105,7 @@ def ids_of(answers: list[httpx.Response]) -> list[str]:
     return [f"{answer.json()['id']}-0" for answer in answers]
 
 
-def test_priority_starts_in_the_first_step_composed_after_it_and_displaced_work_goes_on(ran) -> None:
+def test_priority_starts_in_the_next_step_and_displaced_work_goes_on(ran) -> None:
     events, answers = ran["events"], ran["displaced"]
     (urgent,) = ids_of(answers["priority"])
     at = next(i for i, e in enumerate(events) if isinstance(e, Arrived) and e.request_id == urgent)
@@ -128,9 +128,7 @@ def test_the_lowest_tier_gets_its_share_under_endless_priority_load(ran) -> None
     events, batch = ran["events"], ids_of(ran["endless"]["batch"])
     tiers = {e.request_id: e.tier for e in of(events, Arrived)}
     at = next(i for i, e in enumerate(events) if isinstance(e, Arrived) and e.tier == "batch")
-    end = max(
-        i for i, e in enumerate(events) if isinstance(e, Finished) and e.request_id in batch
-    )
+    end = max(i for i, e in enumerate(events) if isinstance(e, Finished) and e.request_id in batch)
     counts: Counter[str] = Counter()
     for event in of(events[at:end], StepEnded):
         for request_id, num_tokens in event.tokens:

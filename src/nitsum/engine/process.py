@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from math import ceil
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -205,12 +206,12 @@ def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> No
             link.send(replace_fields(core.status(op_id), **extra))
 
 
-def _wait_ms(core: Core) -> float:
+def _wait_ms(core: Core) -> int:
     """Milliseconds until the core wants a turn whatever happens."""
     if not core.has_work:
         return IDLE_WAIT_MS
     until_s = core.next_dispatch_s - core.clock.now()
-    return min(BUSY_WAIT_MS, max(0.0, 1000 * until_s))
+    return BUSY_WAIT_MS if 1000 * until_s >= BUSY_WAIT_MS else ceil(max(0.0, 1000 * until_s))
 
 
 def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection) -> bool:

@@ -257,7 +257,7 @@ submissions = st.lists(
 def test_displacement_goes_down_only_and_everybody_finishes(
     script, seed, num_host_blocks, is_hopeless
 ):
-    """Whether targets can be kept or, in three-token steps, never."""
+    """Whether targets can be kept or, in steps of four tokens, never."""
     tiers = patient(*DEFAULT_TIERS)
     if is_hopeless:
         tiers = tuple(replace(t, ttft_s=0.001) if t.ttft_s else t for t in tiers)
@@ -269,7 +269,7 @@ def test_displacement_goes_down_only_and_everybody_finishes(
         num_host_blocks=num_host_blocks,
         cost=FAST,
         tiers=tiers,
-        max_batch_tokens=3 if is_hopeless else 16,
+        max_batch_tokens=4 if is_hopeless else 16,
     )
     for num_turns, tier, num_prompt, num_answer, _ in script:
         for _ in range(num_turns):

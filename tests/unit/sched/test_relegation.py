@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from nitsum.sched.relegation import Job, given_up
 from tests.unit.sched.kit import make_sequence
 
-jobs_of = st.lists(
-    st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=7
-).map(lambda pairs: [Job(float(due), float(took), make_sequence()) for took, due in pairs])
+jobs_of = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=7).map(
+    lambda pairs: [Job(float(due), float(took), make_sequence()) for took, due in pairs]
+)
 
 
 def are_on_time(jobs: list[Job]) -> bool:
