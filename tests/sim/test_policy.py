@@ -97,3 +97,12 @@ def test_who_is_served_ahead_of_its_turn_takes_a_part_of_a_step_only():
     assert [e.request_id for e in log.events if isinstance(e, Promoted)] == ["flex"]
     ttft = sorted(r.ttft_s for n, r in recorder.requests.items() if n != "flex")
     assert ttft[-1] < 0.5
+
+
+def test_who_is_late_still_goes_before_lower_tiers():
+    """Late priority requests wait for those of their own tier only."""
+    crowd = [item(f"p{i}", 0.0, 2000, 2, "priority") for i in range(6)]
+    load = [item(f"d{i}", 0.05 * i, 600, 2) for i in range(160)]
+    recorder, _ = run(sorted([*crowd, *load], key=lambda x: x.at_s))
+    ttft = [r.ttft_s for r in recorder.requests.values() if r.tier_asked == "priority"]
+    assert all(seconds is not None and seconds < 4.0 for seconds in ttft)

@@ -193,13 +193,20 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) 
     if not is_whole and any(taken):
         lane.prefill_pace.note_step(taken, step.predicted_s)
     if not is_whole and lane.rules.slack:
+        _note_left(lane, prefills, taken)
         beside = {chunk.sequence for chunk in step.chunks[step.decodes.num_decode :]}
         without = [sequence for sequence in prefills if sequence not in beside]
         for sequence in without:
             lane.is_stalled[lane.setting.level(sequence)] = True
         _make_way(lane, step, without)
-        left = sum(sequence.num_remaining for sequence in prefills) - sum(taken)
-        lane.is_pressed = left > 2 * sum(taken)
+
+
+def _note_left(lane: LaneScheduler, prefills: list[Sequence], taken: list[int]) -> None:
+    """Which levels have more before them than the next step can take."""
+    left_at = [-num_tokens for num_tokens in taken]
+    for sequence in prefills:
+        left_at[lane.setting.level(sequence)] += sequence.num_remaining
+    lane.is_pressed = [left > 2 * sum(taken) for left in accumulate(left_at)]
 
 
 def _make_way(lane: LaneScheduler, step: Composed, without: list[Sequence]) -> None:
@@ -212,6 +219,7 @@ def _make_way(lane: LaneScheduler, step: Composed, without: list[Sequence]) -> N
             and sequence.chain_start_s is None
             and not sequence.promoted
             and not sequence.num_restarts
+            and lane.is_pressed[lane.setting.level(sequence)]
         ):
             lane.put_back(sequence, step.now)
 

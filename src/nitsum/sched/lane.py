@@ -75,9 +75,9 @@ class LaneScheduler:
         """When each level last had a new request."""
         self.is_stalled = [False for _ in self.levels]
         """Which levels have prompts with a slot that got nothing of the last step."""
-        self.is_pressed = False
-        """The last step left more prompts waiting than the next one can take: what is late anyway
-        gets no slot."""
+        self.is_pressed = [False for _ in self.levels]
+        """Where the last step left more prompts of the level and those above it waiting than the
+        next one can take: what is late anyway gets no slot there."""
         self.skipped: dict[Sequence, int] = {}
         """Steps in a row that left a loose request out."""
 
@@ -204,7 +204,8 @@ class LaneScheduler:
             len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
         )
         self._fill_slots(step)
-        self.is_pressed, self.is_stalled = False, [False for _ in self.levels]
+        self.is_pressed = [False for _ in self.levels]
+        self.is_stalled = [False for _ in self.levels]
         prefills = add_decodes(self, step)
         if prefills:
             add_prefills(self, step, prefills)
@@ -263,7 +264,7 @@ class LaneScheduler:
 
     def _head(self, level: int, now: float) -> Sequence | None:
         queue = self.waiting[level]
-        return self.returning[level].head() or queue.head(now, late=not self.is_pressed)
+        return self.returning[level].head() or queue.head(now, late=not self.is_pressed[level])
 
     def _place(self, candidate: Candidate, step: Composed) -> bool:
         """A slot and KV for the candidate; False, and it waits, if either cannot be had."""
