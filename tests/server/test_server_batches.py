@@ -311,7 +311,7 @@ def test_refusals_by_name(checkpoint: Path, tmp_path: Path) -> None:
     async def body(client: openai.AsyncOpenAI) -> None:
         file_id = await upload(client, line("a"))
         for fields, param in (
-            ({"endpoint": "/v1/embeddings"}, "endpoint"),
+            ({"endpoint": "/v1/responses"}, "endpoint"),
             ({"completion_window": "1h"}, "completion_window"),
             ({"input_file_id": "file-none"}, "input_file_id"),
             ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires"),
