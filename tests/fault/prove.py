@@ -90,6 +90,7 @@ def siege(args: argparse.Namespace, model: Path, folder: Path) -> Found:
         "good_round_before_s": found.calm_s,
         "good_round_meanwhile_s": found.besieged_s,
         **{f"growth_{name}_mb": mb for name, mb in growth.items()},
+        **{f"steady_growth_{name}_mb": mb for name, mb in found.steady_growth_mb().items()},
         **{f"end_{name}_mb": mb for name, mb in found.memory_mb[-1].items()},
         "num_leaks": len(leaks),
         "siege_s": found.seconds,
