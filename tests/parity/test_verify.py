@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nitsum.bench.parity import Report
 from nitsum.bench.scenario import Scenario, engine_config
-from nitsum.bench.verify import Report, verify
+from nitsum.bench.verify import verify
 from nitsum.messages import Fault
 from nitsum.plan import PlanSet, default_plans, read_plans
 from tests.checkpoints import write_checkpoint

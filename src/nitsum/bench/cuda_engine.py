@@ -21,13 +21,13 @@ from random import Random
 
 from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.floor import kv_bytes, weight_bytes
+from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
 from nitsum.metrics.records import Recorder
 from nitsum.plan import PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
 from nitsum.shape import ModelShape
 
-OnStage = Callable[[str, int, int], None]
 NUM_DECODED = 96
 """Tokens of the sequence that starts last; the first and last gaps are left out."""
 LONGEST_ANSWER = 4000

@@ -17,14 +17,12 @@ from typing import Any, Literal
 from nitsum.bench.driver import Driver, Workers
 from nitsum.bench.floor import kv_bytes, memory_bandwidth, weight_bytes
 from nitsum.bench.reference import HfModel
+from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
 from nitsum.metrics.records import Recorder
 from nitsum.plan import default_plans
 from nitsum.request import Request, SamplingParams
 from nitsum.shape import ModelShape
-
-OnStage = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is)."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from random import Random
 from statistics import median
 
 from nitsum.bench.driver import Driver, Workers
+from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
 from nitsum.errors import NitsumError
 from nitsum.messages import FromWorker, StepDone
@@ -25,7 +26,6 @@ from nitsum.plan import PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
 from nitsum.tier import Tier
 
-OnStage = Callable[[str, int, int], None]
 PLAN = "TP2/2xTP1"
 TIERS = (
     Tier("priority", 0, deadline_s=1e6, max_wait_s=1e6),

@@ -24,8 +24,7 @@ from typing import Any
 
 import httpx
 
-OnStage = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is)."""
+from nitsum.bench.stages import OnStage
 
 TIERS = ("priority", "default", "batch")
 """Not flex: over capacity it is refused, as it should be."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+OnStage = Callable[[str, int, int], None]
+"""Called with (what is being done, how much of it is done, how much there is)."""
 EVERY_S = 5.0
 """Elsewhere than on a terminal, a stage that goes on says so this often."""
 

@@ -24,8 +24,9 @@ from msgspec import structs
 
 from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.moved import holds_kv
-from nitsum.bench.reference import from_bytes
 from nitsum.bench.scenario import plan_walk, static_plan, with_static
+from nitsum.bench.stages import OnStage
+from nitsum.bench.texts import CLOSE_LOGITS, best_two_gap, first_difference
 from nitsum.config import EngineConfig
 from nitsum.errors import NitsumError
 from nitsum.messages import Device, Dtype, SwitchReport
@@ -38,9 +39,6 @@ from nitsum.shape import Geometry, ModelShape, round_up
 from nitsum.shared import DTYPE_BYTES
 from nitsum.tier import Tier
 
-OnStage = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is)."""
-
 FULL = 0.95
 """Share of all ranks' units in use from which the arena counts as full: by requests, or by requests
 and cached blocks (`Options.fill`)."""
@@ -52,8 +50,6 @@ PATIENCE_S = 60.0
 """A switch waits so long for a full arena; one that then starts anyway is counted apart."""
 BEFORE_S = 1.0
 """Steps so soon before a switch say how long they take without one."""
-CLOSE_LOGITS = 1e-3
-"""Two best logits of the reference nearer than this may change places in another layout."""
 
 TIERS = (
     Tier("priority", 0, deadline_s=1e6, max_wait_s=1e6),
@@ -402,17 +398,3 @@ def compare_text(result: Result, streams: list[Answer], static: list[Answer]) ->
             result.num_close += 1
         else:
             result.different.append(f"{ours.request.request_id} from token {place} on")
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that is not the same, a missing one included."""
-    for index, (x, y) in enumerate(itertools.zip_longest(a, b)):
-        if x != y:
-            return index
-    return None
-
-
-def best_two_gap(logits: bytes) -> float:
-    """How much the best logit is above the second."""
-    best = from_bytes([logits])[0].topk(2).values
-    return (best[0] - best[1]).item()

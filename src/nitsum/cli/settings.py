@@ -20,8 +20,8 @@ from nitsum.messages import Device, Dtype
 
 NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
 BATCH_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 1536}
-"""On an H100 and for an 8B model, 22 ms at TP 2: nobody's gap grows by more. A busy lane has about so
-many prompt tokens to compute in every step, so that a larger bound would not be more work done."""
+"""On an H100 and for an 8B model, 22 ms at TP 2: nobody's gap grows by more. A busy lane has about
+as many prompt tokens to compute in every step, so a larger bound would not be more work done."""
 
 
 @dataclass(frozen=True, kw_only=True)

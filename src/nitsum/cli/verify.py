@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nitsum.bench.parity import (
+    REQUEST_ROUNDING_RATIO,
+    ROUNDING_RATIO,
+    Report,
+    Tolerance,
+)
 from nitsum.bench.provenance import summary
 from nitsum.bench.reference import Difference, require_transformers
 from nitsum.bench.scenario import Scenario, engine_config
 from nitsum.bench.stages import stages
 from nitsum.bench.tables import percent, print_line, print_table, size
-from nitsum.bench.verify import (
-    REQUEST_ROUNDING_RATIO,
-    ROUNDING_RATIO,
-    Report,
-    Tolerance,
-    check_plans,
-    verify,
-)
+from nitsum.bench.verify import check_plans, verify
 from nitsum.cli.build import build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.readers import boolean, one_of, text, whole_number

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from nitsum.bench.parity import Report, Tolerance
 from nitsum.bench.reference import Difference, from_bytes
-from nitsum.bench.verify import Report, Tolerance
 
 
 def logits() -> torch.Tensor:

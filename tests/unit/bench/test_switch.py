@@ -5,7 +5,8 @@ import struct
 import pytest
 
 from nitsum.bench.driver import Answer
-from nitsum.bench.switch import Result, best_two_gap, compare_text, first_difference
+from nitsum.bench.switch import Result, compare_text
+from nitsum.bench.texts import best_two_gap, first_difference
 from nitsum.metrics.percentiles import Summary
 from nitsum.request import Request, SamplingParams
 
