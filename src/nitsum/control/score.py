@@ -8,6 +8,7 @@ Three steps, each a few multiplications:
     filling     tiers by level into the lanes that serve them; what one leaves over the next gets.
                 Lanes that share ranks share their time
     attainment  of the time to first token: an M/G/m queue whose wait has an exponential tail
+                (`attainment.py`)
 
 Where prefill lanes hand over, a tier's rate is what both kinds of lanes can bear: prompts alone in
 the one, answers alone in the other.
@@ -20,27 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import exp, sqrt
 from typing import NamedTuple
 
+from nitsum.control.attainment import Queue, attained
 from nitsum.control.classes import Shape
 from nitsum.control.load import Load, TierLoad
 from nitsum.control.steps import StepTimes
 from nitsum.plan import Plan, Role
 
-STEPS_BEFORE = 1.5
-"""Steps under way that a new request waits for: one runs, one may be queued behind it."""
 FULL = 0.98
 """Utilisation above which a queue counts as growing without end."""
 BOUND_SHARE = 0.95
 """Of a target that the mean step may take, so that most requests stay below the target."""
-SLACK_ORDER = 0.4
-"""Waits against those of first come first served: requests with the least slack go first, and
-targets grow with prompts, so few wait long. Calibrated on simulated static layouts."""
 DECODE_PATIENCE_S = 3600.0
 _NUM_HALVINGS = 6
-SHED_AT = 0.9
-"""In overload requests that are late anyway give way, so those in time see a queue like this."""
 
 
 class Limits(NamedTuple):
@@ -368,23 +363,13 @@ class _Filling:
     ) -> tuple[float, float]:
         """Share of the class's requests whose first token is in time; P99 of that time."""
         lane = self.shape.classes[c]
-        busy = min(SHED_AT, 1.0 - room * (1.0 - min(1.0, share)))
-        step_s = self._mean_step(c, capacity, share) + self._other_steps(c)
-        wait_chance = busy ** (sqrt(2.0 * (lane.num_lanes + 1)) - 1.0)
-        service_s = 1.0 / (capacity.rate_per_s * max(room, 0.02))
-        spread = SLACK_ORDER * (1.0 + load.prompt_cv2) / 2
-        decay_s = service_s * spread / (lane.num_lanes * (1.0 - busy))
-        before_s = STEPS_BEFORE * step_s * busy
-        met = p99 = 0.0
-        alone = self.scorer.prefills_s(lane.degree, load)
-        for probe, alone_s in zip(load.probes, alone, strict=True):
-            # On a busy lane a prompt goes at the pace that the step bound leaves.
-            shared_s = service_s * probe.prompt_tokens / load.prompt_tokens
-            own_s = alone_s + max(0.0, shared_s - alone_s) * busy
-            met += _in_time(probe.ttft_s, own_s + before_s, wait_chance, decay_s)
-            p99 = max(p99, own_s)
-        tail_s = decay_s * log(wait_chance / 0.01) if wait_chance > 0.01 else 0.0
-        return met / max(1, len(load.probes)), p99 + before_s + tail_s
+        queue = Queue(
+            num_lanes=lane.num_lanes,
+            busy=1.0 - room * (1.0 - min(1.0, share)),
+            step_s=self._mean_step(c, capacity, share) + self._other_steps(c),
+            service_s=1.0 / (capacity.rate_per_s * max(room, 0.02)),
+        )
+        return attained(load, self.scorer.prefills_s(lane.degree, load), queue)
 
     def _other_steps(self, c: int) -> float:
         """Mean steps of lanes that share the ranks and may come first."""
@@ -393,10 +378,3 @@ class _Filling:
             for a, row in enumerate(self.shape.cover)
             if a != c
         )
-
-
-def _in_time(target_s: float | None, own_s: float, wait_chance: float, decay_s: float) -> float:
-    if target_s is None:
-        return 1.0
-    slack_s = target_s - own_s
-    return 0.0 if slack_s < 0.0 else 1.0 - wait_chance * exp(-slack_s / decay_s)

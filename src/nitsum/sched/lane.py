@@ -11,31 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import NamedTuple
 
 from nitsum.plan import Lane
 from nitsum.request import SeqState, Sequence
 from nitsum.sched.alarms import Alarms
 from nitsum.sched.batch import add_decodes, add_prefills
-from nitsum.sched.composed import Composed, Resumption
+from nitsum.sched.composed import Composed
 from nitsum.sched.order import PrefillPace
 from nitsum.sched.queue import ReturnQueue, TierQueue
 from nitsum.sched.room import Room
 from nitsum.sched.setting import Setting
 from nitsum.sched.share import Shares
+from nitsum.sched.slots import fill_slots, next_of
 
 LATELY_S = 60.0
 """A tier that had a request within this time may have another any moment."""
-PROMOTED = -1
-"""Rank of a request that waited as long as its tier allows: before every level."""
-
-
-class Candidate(NamedTuple):
-    """Who should get a slot next, and ahead of whom."""
-
-    sequence: Sequence
-    rank: int
-    """It may displace levels above this number."""
 
 
 class LaneScheduler:
@@ -203,7 +193,7 @@ class LaneScheduler:
         step = Composed(
             len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
         )
-        self._fill_slots(step)
+        fill_slots(self, step)
         self.is_pressed = [False for _ in self.levels]
         self.is_stalled = [False for _ in self.levels]
         prefills = add_decodes(self, step)
@@ -222,67 +212,6 @@ class LaneScheduler:
     def step_time(self, step: Composed) -> float:
         return self.setting.cost.step_time(self.lane, step.shape)
 
-    # -- slots --
-
-    def _fill_slots(self, step: Composed) -> None:
-        """Slots for those next in order, displacing strictly lower tiers where all are taken."""
-        while (candidate := self._next_candidate(step)) is not None:
-            if not self._place(candidate, step):
-                return
-
-    def _waited_long(self, step: Composed) -> Sequence | None:
-        """Who has waited as long as its tier allows and has no slot. Prompts that have one and do
-        not get through waited, too: they are promoted where they are."""
-        while self.num_promoted < max(1, self.limits.max_num_seqs // 2):
-            waited = self.waits.due(step.now)
-            if waited is None or waited.state is not SeqState.RUNNING:
-                return waited
-            self.waits.cancel(waited)
-            self._note_waited(waited, step.now)
-            self.num_promoted += 1
-            waited.promoted = True
-            step.promoted.append(waited)
-        return None
-
-    def _next_candidate(self, step: Composed) -> Candidate | None:
-        now = step.now
-        if self.rules.shares:
-            waited = self._waited_long(step)
-            if waited is not None:
-                return Candidate(waited, PROMOTED)
-            if self.num_running < self.limits.max_num_seqs:
-                owed = self.shares.owed(self.backlog())
-                if owed is not None and (head := self._owed_head(owed, now)) is not None:
-                    return Candidate(head, owed)
-        for level in self.levels:
-            if (head := self._head(level, now)) is not None:
-                return Candidate(head, level)
-        return None
-
-    def _owed_head(self, level: int, now: float) -> Sequence | None:
-        return self.returning[level].head() or self.waiting[level].head(now)
-
-    def _head(self, level: int, now: float) -> Sequence | None:
-        queue = self.waiting[level]
-        return self.returning[level].head() or queue.head(now, late=not self.is_pressed[level])
-
-    def _place(self, candidate: Candidate, step: Composed) -> bool:
-        """A slot and KV for the candidate; False, and it waits, if either cannot be had."""
-        sequence, rank = candidate
-        if self._is_full and self._slot_victim(rank) is None:
-            return False
-        if not self._give_kv(sequence, rank, step):
-            return False
-        if self._is_full:
-            victim = self._slot_victim(rank)
-            if victim is not None:
-                self.pause(victim, sequence, step)
-        if rank == PROMOTED:
-            sequence.promoted = True
-            step.promoted.append(sequence)
-        self._start(sequence, step.now)
-        return True
-
     @property
     def num_seats(self) -> int:
         """Decodes one step may contain. A switch can bring more sequences than there are slots:
@@ -299,23 +228,7 @@ class LaneScheduler:
                     del running[chunk.sequence]
                     running[chunk.sequence] = None
 
-    @property
-    def _is_full(self) -> bool:
-        return self.num_running >= self.limits.max_num_seqs
-
-    def _slot_victim(self, rank: int) -> Sequence | None:
-        """Who gives up its slot: the latest of the lowest level, if that is below `rank`."""
-        if not self.rules.displaces:
-            return None
-        for level in reversed(self.levels):
-            if level <= rank:
-                return None
-            if self.shares.protects(level):
-                continue
-            for sequence in reversed(self.running[level]):
-                if not sequence.promoted:
-                    return sequence
-        return None
+    # -- slots --
 
     def pause(self, victim: Sequence, favoured: Sequence, step: Composed) -> None:
         """The victim keeps its KV and its place, and loses its slot."""
@@ -334,26 +247,32 @@ class LaneScheduler:
         """A late prompt with a slot of which nothing was computed waits in its queue again."""
         self.leave(sequence)
         self.kv.close(sequence.request_id)
-        self._charge_prompt(sequence, sequence.num_cached - len(sequence.tokens))
+        self.charge_prompt(sequence, sequence.num_cached - len(sequence.tokens))
         sequence.num_dispatched = sequence.num_computed = sequence.num_cached = 0
         sequence.state = SeqState.WAITING
-        self._note_waited(sequence, now)
+        self.note_waited(sequence, now)
         self.waiting[self.setting.level(sequence)].add(sequence)
         self._set_alarm(sequence)
 
-    def _start(self, sequence: Sequence, now: float) -> None:
+    def start(self, sequence: Sequence, now: float) -> None:
+        """It has KV, and gets a slot."""
         level = self.setting.level(sequence)
         if not self.returning[level].remove(sequence):
             self.waiting[level].remove(sequence)
         self.paused[level].pop(sequence, None)
         if not sequence.in_prefill or sequence.promoted:
             self.waits.cancel(sequence)
-        self._note_waited(sequence, now)
+        self.note_waited(sequence, now)
         self._run(sequence)
 
-    def _note_waited(self, sequence: Sequence, now: float) -> None:
+    def note_waited(self, sequence: Sequence, now: float) -> None:
         sequence.waited_s += max(0.0, now - sequence.wait_from_s)
         sequence.wait_from_s = max(now, sequence.wait_from_s)
+
+    def charge_prompt(self, sequence: Sequence, num_new: int) -> None:
+        if self.rules.fair:
+            accounts = self.setting.accounts[sequence.tier]
+            accounts.charge_prompt(sequence.request.tenant, num_new)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SeqState.RUNNING
@@ -366,67 +285,6 @@ class LaneScheduler:
             wait_s = self.setting.tiers[sequence.tier].max_wait_s - sequence.waited_s
             self.waits.set(sequence, sequence.wait_from_s + wait_s)
 
-    # -- KV --
-
-    def _give_kv(self, sequence: Sequence, rank: int, step: Composed) -> bool:
-        request_id = sequence.request_id
-        if request_id in self.kv.tables:
-            step.resumed.append(Resumption(sequence, 0))
-            return True
-        if request_id in self.kv.parked:
-            return self._restore(sequence, rank, step)
-        return self._admit(sequence, rank, step)
-
-    def _restore(self, sequence: Sequence, rank: int, step: Composed) -> bool:
-        """Bring KV back from host memory, with room to go on for a while."""
-        if step.has_lost(sequence):
-            return False
-        rejoins = self.kv.parked[sequence.request_id].group != self.lane.group
-        if rejoins and sequence.num_sampling:
-            return False  # its last token is still on its way from the other lane
-        if sequence.slot is None and not step.num_free_slots:
-            return False
-        if not self.room.restore(sequence, rank, step):
-            return False
-        step.num_free_slots -= sequence.slot is None
-        step.resumed.append(Resumption(sequence, 0, rejoins))
-        return True
-
-    def _admit(self, sequence: Sequence, rank: int, step: Composed) -> bool:
-        """KV for a whole prompt; False while there is no room."""
-        if not step.num_free_slots:
-            return False
-        if sequence.num_sampling:
-            return False  # a token drawn before it gave up its KV is still on its way
-        num_tokens = len(sequence.tokens)
-        limit = (num_tokens - 1) // self.kv.arena.block_tokens
-        num_cached = self.kv.open(
-            sequence.request_id,
-            self.lane.group,
-            sequence.hashes[:limit],
-            self.setting.tiers[sequence.tier].level,
-        )
-        if not self.room.admit(sequence, rank, step):
-            self.kv.close(sequence.request_id)
-            return False
-        step.num_free_slots -= 1
-        if not sequence.num_restarts:  # later hits are on its own earlier work
-            sequence.num_cached = num_cached
-        sequence.num_dispatched = sequence.num_computed = num_cached
-        self._note_admitted(sequence, num_tokens - num_cached, step)
-        return True
-
-    def _note_admitted(self, sequence: Sequence, num_new: int, step: Composed) -> None:
-        if sequence.num_restarts:
-            step.resumed.append(Resumption(sequence, num_new))
-        else:
-            self._charge_prompt(sequence, num_new)
-
-    def _charge_prompt(self, sequence: Sequence, num_new: int) -> None:
-        if self.rules.fair:
-            accounts = self.setting.accounts[sequence.tier]
-            accounts.charge_prompt(sequence.request.tenant, num_new)
-
     # -- afterwards --
 
     def _settle(self, step: Composed) -> None:
@@ -436,7 +294,7 @@ class LaneScheduler:
             self._charge(step)
         self.next_start_s = step.next_due_s - step.predicted_s
         for level in self.levels:
-            head = self._head(level, step.now)
+            head = next_of(self, level, step.now)
             if head is not None:
                 self.next_start_s = min(self.next_start_s, head.latest_start_s)
 
