@@ -15,31 +15,30 @@ of its gaps for as long as the fill lasts. Only where nothing fits do new lanes 
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import structs
 
 from nitsum.control.courier import Courier
-from nitsum.control.migration import Lanes, SequenceMove, Wave
+from nitsum.control.filling import Filling, FillingLanes
+from nitsum.control.following import Following
+from nitsum.control.migration import Wave
+from nitsum.control.switch import Switch, ended
 from nitsum.errors import SwitchRefused
 from nitsum.events import (
     AnyEvent,
-    SwitchEnded,
     SwitchStarted,
     WaveCommitted,
     WaveProposed,
     WaveRolledBack,
 )
-from nitsum.kv.transfer import Transfer, free_copies, stays_home
-from nitsum.messages import SwitchReport, WaveReport
+from nitsum.messages import SwitchReport
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
 
 
-class LaneTable(Lanes, Protocol):
-    """What a switch needs of the engine beyond what a wave needs."""
+class LaneTable(FillingLanes, Protocol):
+    """What a switch needs of the engine beyond what filling a wave needs."""
 
     def emit(self, event: AnyEvent) -> None: ...
 
@@ -57,14 +56,6 @@ class LaneTable(Lanes, Protocol):
 
     def close_lane(self, group: Group) -> bool:
         """Remove a drained lane; False while a step of it is in flight."""
-        ...
-
-    def sequences_on(self, group: Group) -> list[Sequence]:
-        """Those that hold KV in the group's layout, most urgent first."""
-        ...
-
-    def load(self, group: Group) -> int:
-        """Positions that the lane's sequences hold or wait to compute."""
         ...
 
     def level(self, sequence: Sequence) -> int: ...
@@ -95,72 +86,6 @@ RELEASE_BLOCKS = 192
 """Sources let go, or cached blocks dropped, a turn: about as long."""
 IDLE_FACTOR = 32
 """How many times more a turn may do while there is nothing to step."""
-PATIENCE_TURNS = 32
-"""Turns that a filled wave waits, at most, for prompts under way to become part of it cheaply."""
-REQUESTS_PER_SPARE_BLOCK = 4
-"""A fill ends early when less than a block for so many requests is free for them to go on."""
-HOME_REQUESTS = 2
-"""Requests like it by which a lane may be ahead of the idlest and be chosen all the same, because
-the request's pages can grow in place there."""
-TAIL_BLOCKS = 2
-"""Blocks a request may have left to copy at the cut-over: one being written, one just full."""
-
-
-@dataclass
-class _Filling:
-    """A wave being put together."""
-
-    wave: Wave
-    number: int
-    waiting: deque[Sequence]
-    """Requests not looked at yet."""
-    num_tried: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
-    """Destinations that had no room for a request after all."""
-    refused: set[Sequence] = field(default_factory=set[Sequence])
-    """Those that fit nowhere in this wave."""
-    num_turns_full: int = 0
-    """Turns since everything was reserved for the first time."""
-    is_closing: bool = False
-    """Nothing more is pre-copied: cut over when all that is under way has arrived."""
-
-
-@dataclass
-class _Following:
-    """Cached prefixes that come after the requests."""
-
-    number: int
-    """It counts as a wave."""
-    started_s: float
-    bytes_before: int
-    num_blocks: int = 0
-    units_in_place: int = 0
-    is_over: bool = False
-
-
-@dataclass
-class Switch:
-    """A switch under way."""
-
-    op_id: str
-    """The operation that started it; its events carry this id."""
-    src: Plan
-    dst: Plan
-    started_s: float
-    waves: list[WaveReport] = field(default_factory=list[WaveReport])
-    stuck: set[str] = field(default_factory=set[str])
-    """Requests that could not be moved when it was tried last."""
-    also_asked: list[str] = field(default_factory=list[str])
-    """Operations that asked for the same plan meanwhile; each gets the report too."""
-    is_open: bool = False
-    """New lanes take new work, old ones drain."""
-    filling: _Filling | None = None
-    wave: Wave | None = None
-    """Cut over, and not acknowledged by all."""
-    following: _Following | None = None
-    """Cached prefixes on their way; stays when it is over."""
-    failed_at: int = -1
-    """`num_departures` when nothing could be proposed; no new try before it grows."""
-    longest_turn_s: float = 0.0
 
 
 class Switcher:
@@ -278,7 +203,7 @@ class Switcher:
     def draining(self) -> list[Group]:
         """Groups that the switch under way empties."""
         switch = self.current
-        return [] if switch is None else _only_in(switch.src, switch.dst)
+        return [] if switch is None else switch.draining
 
     @property
     def is_waiting(self) -> bool:
@@ -334,7 +259,15 @@ class Switcher:
             return False
         self._wave_id += 1
         wave = Wave(self.lanes, self.courier, keep_sources=False)
-        switch.filling = _Filling(wave, self._wave_id, deque(waiting))
+        switch.filling = Filling(
+            self.lanes,
+            wave,
+            number=self._wave_id,
+            waiting=waiting,
+            sources=self.draining,
+            plan=switch.dst,
+            stuck=switch.stuck,
+        )
         kv = self.lanes.kv
         num_blocks = sum(len(kv.tables[s.request_id].blocks) for s in waiting)
         ids = [sequence.request_id for sequence in waiting]
@@ -342,140 +275,21 @@ class Switcher:
         self._fill(switch, switch.filling)
         return True
 
-    def _fill(self, switch: Switch, filling: _Filling) -> None:
+    def _fill(self, switch: Switch, filling: Filling) -> None:
         """One portion of reserving and pre-copying; cut over when it is time."""
-        wave = filling.wave
         if not filling.is_closing:
-            is_full = self._fill_portion(switch, filling)
-            wave.flush()
-            if self._is_short_of_room(filling):
-                self._stop_filling(filling)
-            elif is_full:
-                filling.num_turns_full += 1
-                wave.times.filled_s = wave.times.filled_s or self.lanes.now()
-                filling.is_closing = self._is_worth_closing(filling)
+            filling.advance(self._portion(self.fill_blocks))
         if filling.is_closing and self.courier.is_quiet:
             self._cut_over(switch, filling)
 
-    def _fill_portion(self, switch: Switch, filling: _Filling) -> bool:
-        """True when all that fits is reserved, and on its way as far as it is final."""
-        wave, left = filling.wave, self._portion(self.fill_blocks)
-        for move in list(wave.moves.values()):
-            left -= self._reserve(switch, filling, move, left)
-        most = len(switch.dst.lanes)  # destinations can take copies side by side
-        while left > 0 and sum(not wave.is_filled(m) for m in wave.moves.values()) < most:
-            move = self._add_next(switch, filling)
-            if move is None:
-                break
-            left -= self._reserve(switch, filling, move, left)
-        return not filling.waiting and all(map(wave.is_filled, wave.moves.values()))
-
-    def _reserve(
-        self, switch: Switch, filling: _Filling, move: SequenceMove, num_blocks: int
-    ) -> int:
-        count = filling.wave.fill(move, num_blocks)
-        if count is not None:
-            return count
-        sequence = move.sequence
-        filling.wave.drop(sequence)
-        filling.num_tried[sequence] = filling.num_tried.get(sequence, 0) + 1
-        filling.waiting.appendleft(sequence)
-        return 1  # so that a turn ends
-
-    def _add_next(self, switch: Switch, filling: _Filling) -> SequenceMove | None:
-        """The next request that is likely to fit becomes part of the wave."""
-        wave, waiting = filling.wave, filling.waiting
-        if not waiting:
-            waiting.extend(
-                sequence
-                for sequence in self._sequences()
-                if sequence.request_id not in wave.moves and sequence not in filling.refused
-            )
-        while waiting:
-            sequence = waiting.popleft()
-            if sequence.request_id not in self.lanes.kv.tables or sequence.is_finished:
-                continue  # it ended, or gave up its KV, meanwhile
-            first = filling.num_tried.get(sequence, 0)
-            for dst in self._destinations(switch.dst, sequence, wave)[first:]:
-                if not wave.fits(sequence, dst, len(waiting)):
-                    continue
-                if (move := wave.add(sequence, dst)) is not None:
-                    switch.stuck.discard(sequence.request_id)
-                    return move
-            filling.refused.add(sequence)
-            switch.stuck.add(sequence.request_id)
-        return None
-
-    def _destinations(self, plan: Plan, sequence: Sequence, wave: Wave) -> list[Group]:
-        """Lanes of the new plan by preference: made for what it needs next, serving its tier, idle,
-        near. Lanes about as idle as the idlest are equal if its KV can stay where it is."""
-        src = sequence.group
-        assert src is not None
-        unfit = "decode" if sequence.num_remaining > 1 else "prefill"
-        load = {lane.group: self.lanes.load(lane.group) for lane in plan.lanes}
-        for move in wave.moves.values():
-            load[move.dst] += move.sequence.num_total
-
-        kv = self.lanes.kv
-        blocks = kv.tables[sequence.request_id].blocks
-        least = min(load[lane.group] / lane.degree for lane in plan.lanes)
-        most = least + HOME_REQUESTS * sequence.num_total
-
-        def preference(lane: Lane) -> tuple[bool, bool, float, bool]:
-            load_of = load[lane.group] / lane.degree
-            is_home = load_of <= most and stays_home(kv, blocks, lane.group)
-            return (
-                lane.role == unfit,
-                not lane.serves(sequence.tier),
-                least if is_home else load_of,
-                not (is_home or lane.group.overlaps(src)),
-            )
-
-        return [lane.group for lane in sorted(plan.lanes, key=preference)]
-
-    def _is_short_of_room(self, filling: _Filling) -> bool:
-        """Whether those that go on in the old lanes may soon lack a block."""
-        num_requests = len(filling.wave.moves) + len(filling.waiting) + len(filling.refused)
-        count = max(1, num_requests // REQUESTS_PER_SPARE_BLOCK)
-        kv = self.lanes.kv
-        is_short = any(kv.free_blocks(group) < count for group in self.draining)
-        return is_short and bool(filling.wave.moves)
-
-    def _stop_filling(self, filling: _Filling) -> None:
-        """Cut over what is complete, which gives room back. A request alone goes on until it is."""
-        wave = filling.wave
-        incomplete = [move for move in wave.moves.values() if wave.num_lacking(move)]
-        if len(incomplete) == 1 == len(wave.moves):
-            return
-        for move in incomplete:
-            wave.drop(move.sequence)
-        filling.is_closing = True
-
-    def _is_worth_closing(self, filling: _Filling) -> bool:
-        """Whether what would be left to copy is small, or has not become so for long."""
-        wave = filling.wave
-        num_left = sum(map(wave.num_left, wave.moves.values()))
-        return (
-            num_left <= TAIL_BLOCKS * (len(wave.moves) + 1)
-            or filling.num_turns_full >= PATIENCE_TURNS
-        )
-
-    def _cut_over(self, switch: Switch, filling: _Filling) -> None:
+    def _cut_over(self, switch: Switch, filling: Filling) -> None:
         wave, switch.filling = filling.wave, None
-        self._add_late(switch, filling)
+        filling.add_late(self.fill_blocks)
         self._open(switch)
         wave.cut_over()
         switch.wave = wave
         if not wave.totals.moved:
             switch.failed_at = self.lanes.num_departures
-
-    def _add_late(self, switch: Switch, filling: _Filling) -> None:
-        """Take along who came since: left behind, a request would keep its old lane going."""
-        wave, left = filling.wave, self.fill_blocks
-        while left > 0 and (move := self._add_next(switch, filling)) is not None:
-            left -= wave.num_lacking(move)
-            if left < 0:
-                wave.drop(move.sequence)
 
     # -- cached prefixes --
 
@@ -489,71 +303,30 @@ class Switcher:
         following = switch.following
         if following.is_over:
             return False
-        sent = [self._follow_from(switch, following, src) for src in self.draining]
-        if any(sent) or not self.courier.is_quiet or self.courier.is_leaving:
+        if following.advance(self._portion(self.fill_blocks)):
             return True
-        following.is_over = True
-        self._end_following(switch, following)
+        report = following.report()
+        switch.waves.append(report)
+        self._emit_committed(switch, following.number, [], report.bytes_moved)
         return False
 
-    def _begin_following(self, switch: Switch) -> _Following:
+    def _begin_following(self, switch: Switch) -> Following:
         self._wave_id += 1
         self._emit_proposed(switch, [], 0)
-        return _Following(self._wave_id, self.lanes.now(), self.courier.bytes_moved)
-
-    def _follow_from(self, switch: Switch, following: _Following, src: Group) -> bool:
-        kv = self.lanes.kv
-        dst = next(lane.group for lane in switch.dst.lanes if lane.group.overlaps(src))
-        room = self.courier.room(dst, kv.arena.page_units(dst))
-        count = min(room, self._portion(self.fill_blocks), free_copies(kv, src, dst))
-        known = kv.prefixes.in_layout(dst)
-        blocks = kv.prefixes.newest(src, count)
-        for block in blocks:
-            if block.hash in known:
-                kv.evict(block)
-        fresh = [block for block in blocks if block.hash is not None]
-        if fresh:
-            transfer = Transfer(kv, src, dst)
-            following.num_blocks += transfer.reserve(fresh)
-            self.courier.send_final(transfer.copy(len(transfer.blocks)))
-            transfer.settle()
-            transfer.share()
-            self.courier.leave(transfer, keep=False)
-            following.units_in_place += transfer.num_in_place
-        return bool(blocks)
-
-    def _end_following(self, switch: Switch, following: _Following) -> None:
-        now, num_bytes = self.lanes.now(), self.courier.bytes_moved - following.bytes_before
-        switch.waves.append(
-            WaveReport(
-                num_requests=0,
-                num_cached_blocks=following.num_blocks,
-                bytes_moved=num_bytes,
-                units_in_place=following.units_in_place,
-                propose_s=0.0,
-                precopy_s=now - following.started_s,
-                cutover_s=0.0,
-            )
+        return Following(
+            self.lanes,
+            self.courier,
+            number=self._wave_id,
+            sources=self.draining,
+            plan=switch.dst,
         )
-        self._emit_committed(switch, following.number, [], num_bytes)
 
     # -- reports --
 
     def _record(self, switch: Switch, wave: Wave) -> None:
         wave.finish()
-        times, totals = wave.times, wave.totals
-        switch.waves.append(
-            WaveReport(
-                num_requests=len(totals.moved),
-                num_cached_blocks=0,
-                bytes_moved=totals.bytes_moved,
-                units_in_place=totals.units_in_place,
-                propose_s=times.filled_s - times.proposed_s,
-                precopy_s=times.cut_over_s - times.filled_s,
-                cutover_s=times.done_s - times.cut_over_s,
-            )
-        )
-        self._emit_committed(switch, self._wave_id, totals.moved, totals.bytes_moved)
+        switch.record(wave)
+        self._emit_committed(switch, self._wave_id, wave.totals.moved, wave.totals.bytes_moved)
 
     def _emit_proposed(self, switch: Switch, request_ids: list[str], num_units: int) -> None:
         self.lanes.emit(
@@ -582,35 +355,7 @@ class Switcher:
     def _end(self, switch: Switch, *, ok: bool, message: str) -> list[SwitchReport]:
         now = self.lanes.now()
         self.current = None
-        report = SwitchReport(
-            op_id=switch.op_id,
-            from_plan=switch.src.name,
-            to_plan=switch.dst.name,
-            ok=ok,
-            message=message,
-            duration_s=now - switch.started_s,
-            waves=switch.waves,
-            num_left_behind=len(switch.stuck),
-            longest_turn_s=switch.longest_turn_s,
-        )
-        self.lanes.emit(
-            SwitchEnded(
-                at_s=now,
-                op_id=switch.op_id,
-                from_plan=switch.src.name,
-                to_plan=switch.dst.name,
-                ok=ok,
-                message=message,
-                duration_s=report.duration_s,
-                bytes_moved=sum(wave.bytes_moved for wave in switch.waves),
-                num_left_behind=report.num_left_behind,
-                longest_turn_s=switch.longest_turn_s,
-            )
-        )
+        report = switch.report(now, ok=ok, message=message)
+        self.lanes.emit(ended(report, now))
         others = [structs.replace(report, op_id=op_id) for op_id in switch.also_asked]
         return [report, *others]
-
-
-def _only_in(plan: Plan, other: Plan) -> list[Group]:
-    kept = set(other.groups)
-    return [group for group in plan.groups if group not in kept]

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from nitsum.kv.blocks import Block, Holder, Relocation, Table
 from nitsum.kv.compact import compact
+from nitsum.kv.evict import Eviction
 from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
 from nitsum.kv.units import UnitPool
 from nitsum.plan import Group
 from nitsum.shape import units_per_page
-
-MOST_LOOKED_AT = 8192
-"""Cached blocks that one search for room looks at. The next one goes on where it ended."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +55,14 @@ class KvCache:
         self.host = HostMemory(arena.num_ranks, arena.num_host_units)
         self.parked: dict[str, ParkedTable] = {}
         """Tables of requests whose KV is in host memory."""
-        self._evicted: dict[Group, int] = {}
         self.holders: dict[Holder, None] = {}
         """What holds blocks besides tables: transfers under way."""
         self.owners: list[list[Block | None]] = [[None] * pool.num_units for pool in self.pools]
         """By rank and first unit of a page: the block that was placed there last. It may be gone,
-        or moved, since: see `_idle_at`."""
+        or moved, since: see `Eviction`."""
+        self._eviction = Eviction(arena, self.pools, self.prefixes, self.owners)
         self._copies: list[Relocation | Save | Load] = []
         self.num_relocations = 0
-        self._num_useless: dict[tuple[int, int], int] = {}
-        """By rank and order: blocks at the head of the eviction order around which no page of that
-        size comes free, by the last search."""
 
     # -- a request's table --
 
@@ -98,7 +92,7 @@ class KvCache:
             if self.free_blocks(table.group) < count:
                 return False
             for rank in table.group.ranks:
-                self._make_room(rank, self.arena.page_order(table.group), count)
+                self._eviction.make_room(rank, self.arena.page_order(table.group), count)
             free = self._alloc_free(table.group, count)
         if free is not None:
             table.blocks.extend(free)
@@ -193,7 +187,7 @@ class KvCache:
         for rank in group.ranks:
             start = self.alloc_units(rank, order)
             if start is None:
-                self._release_pages(group, pages)
+                self._eviction.release(group, pages)
                 return None
             pages.append(start >> order)
         block = Block(group, pages)
@@ -205,7 +199,7 @@ class KvCache:
         made by moving, which takes long. Fewer, if there is no room for as many."""
         pool = self.pools[rank]
         if pool.num_pages(order) < count:
-            self._make_room(rank, order, count)
+            self._eviction.make_room(rank, order, count)
         starts = pool.alloc_many(order, min(count, pool.num_pages(order))) or []
         while compacts and len(starts) < count:
             start = self.alloc_units(rank, order)
@@ -241,78 +235,12 @@ class KvCache:
         self.place(blocks)
         return blocks
 
-    def _make_room(self, rank: int, order: int, count: int) -> None:
-        """Evict until `count` pages of `2**order` units are free, the least valuable first.
-
-        A block whose page is smaller goes only if the page around it comes free, together with
-        what else lies idle there. Looks at a bounded number of blocks.
-        """
-        lacking = count - self.pools[rank].num_pages(order)
-        num_useless = self._num_useless.get((rank, order), 0)
-        blocks = islice(self.prefixes.in_eviction_order(rank), num_useless, None)
-        chosen: dict[Block, None] = {}
-        for block in islice(blocks, MOST_LOOKED_AT):
-            if lacking <= 0:
-                break
-            if block in chosen:
-                continue
-            around = self._idle_around(rank, block, order)
-            if around is None:
-                num_useless += 1
-            else:
-                chosen.update(dict.fromkeys(around))
-                lacking -= max(1, 1 << self.arena.page_order(block.group) >> order)
-        self._num_useless[rank, order] = 0 if lacking > 0 else num_useless
-        for block in chosen:
-            self.evict(block)
-
-    def _idle_around(self, rank: int, block: Block, order: int) -> list[Block] | None:
-        """What to evict, `block` included, so that a page of `2**order` units is free there."""
-        block_order = self.arena.page_order(block.group)
-        start = block.pages[rank - block.group.leader] << block_order
-        if block_order >= order and self.pools[rank].refs[start] == 1:
-            return [block]
-        first = start >> order << order
-        return self._idle_in(rank, first, first + (1 << max(order, block_order)))
-
-    def free_around(self, rank: int, first: int, last: int) -> bool:
-        """Make units `first..last` free by evicting what is idle there; False, and nothing changed,
-        if any is in use or kept for somebody."""
-        blocks = self._idle_in(rank, first, last)
-        if blocks is None or any(map(self.prefixes.is_kept, blocks)):
-            return False
-        for block in blocks:
-            self.evict(block)
-        return True
-
-    def _idle_in(self, rank: int, first: int, last: int) -> list[Block] | None:
-        """The unreferenced blocks in a range of units; None if anything else is in it."""
-        refs, owners = self.pools[rank].refs, self.owners[rank]
-        found: list[Block] = []
-        unit = first
-        while unit < last:
-            if not refs[unit]:
-                unit += 1
-                continue
-            block = owners[unit]
-            if block is None or block.refs or block.hash is None:
-                return None
-            width = self.arena.page_units(block.group)
-            end = unit + width
-            if block.pages[rank - block.group.leader] * width != unit or end > last:
-                return None  # moved since, or larger than the range
-            if max(refs[unit:end]) > 1:
-                return None
-            found.append(block)
-            unit = end
-        return found
-
     def alloc_units(self, rank: int, order: int) -> int | None:
         """The start of `2**order` units on one rank: free, else evicted, else made by moving."""
         pool = self.pools[rank]
         start = pool.alloc(order)
         if start is None:
-            self._make_room(rank, order, 1)
+            self._eviction.make_room(rank, order, 1)
             start = pool.alloc(order)
         if start is None:
             start = self._compact(rank, order)
@@ -344,14 +272,14 @@ class KvCache:
             if block.hash is not None:
                 self.prefixes.park(block)
             else:
-                self._release_pages(block.group, block.pages)
+                self._eviction.release(block.group, block.pages)
 
     def let_go(self, blocks: Iterable[Block], num_refs: int, *, keep: bool) -> None:
         """Nobody reads these blocks any more: unpin them, and drop `num_refs` references each.
 
         Blocks without users stay cached if `keep` says so and they are hashed, else are freed.
         """
-        self._num_useless.clear()
+        self._eviction.look_anew()
         for block in blocks:
             block.pins -= 1
             block.refs -= num_refs
@@ -362,23 +290,21 @@ class KvCache:
                     self.prefixes.park(block)
                     continue
                 self.prefixes.unlist(block)
-            self._release_pages(block.group, block.pages)
+            self._eviction.release(block.group, block.pages)
 
     def evict(self, block: Block) -> None:
         """Free a cached, unreferenced block."""
-        assert block.refs == 0
-        assert block.hash is not None
-        self.prefixes.forget(block)
-        self._release_pages(block.group, block.pages)
-        self._evicted[block.group] = self._evicted.get(block.group, 0) + 1
+        self._eviction.evict(block)
 
     def evict_group(self, group: Group, count: int) -> bool:
         """Drop up to `count` unreferenced blocks of a layout that no lane uses any more; whether
         that were all."""
-        blocks = self.prefixes.newest(group, count)
-        for block in blocks:
-            self.evict(block)
-        return len(blocks) < count
+        return self._eviction.evict_group(group, count)
+
+    def free_around(self, rank: int, first: int, last: int) -> bool:
+        """Make units `first..last` free by evicting what is idle there; False, and nothing changed,
+        if any is in use or kept for somebody."""
+        return self._eviction.free_around(rank, first, last)
 
     # -- what the engine must send --
 
@@ -389,8 +315,7 @@ class KvCache:
 
     def take_evictions(self) -> dict[Group, int]:
         """Cached blocks dropped for room since the last call, by layout."""
-        evicted, self._evicted = self._evicted, {}
-        return evicted
+        return self._eviction.take_counts()
 
     # -- figures --
 
@@ -439,8 +364,3 @@ class KvCache:
         self._copies.extend(relocations)
         self.num_relocations += len(relocations)
         return start
-
-    def _release_pages(self, group: Group, pages: Sequence[int]) -> None:
-        count = self.arena.page_units(group)
-        for rank, page in zip(group.ranks, pages, strict=False):
-            self.pools[rank].release(page * count, count)

@@ -1,0 +1,69 @@
+"""Cached prefixes that come after a switch's requests, as far as free units allow."""
+
+from __future__ import annotations
+
+from nitsum.control.courier import Courier
+from nitsum.control.migration import Lanes
+from nitsum.kv.transfer import Transfer, free_copies
+from nitsum.messages import WaveReport
+from nitsum.plan import Group, Plan
+
+
+class Following:
+    """Cached blocks on their way out of emptied lanes, the most valuable first."""
+
+    def __init__(
+        self, lanes: Lanes, courier: Courier, *, number: int, sources: list[Group], plan: Plan
+    ) -> None:
+        """What is cached for the groups of `sources` goes to lanes of `plan` on the same ranks."""
+        self.lanes = lanes
+        self.courier = courier
+        self.number = number
+        """It counts as a wave."""
+        self.sources = sources
+        self.plan = plan
+        self.is_over = False
+        self._started_s = lanes.now()
+        self._bytes_before = courier.bytes_moved
+        self._num_blocks = 0
+        self._units_in_place = 0
+
+    def advance(self, num_blocks: int) -> bool:
+        """Send up to `num_blocks` from each source; False when that is over."""
+        sent = [self._follow_from(src, num_blocks) for src in self.sources]
+        if any(sent) or not self.courier.is_quiet or self.courier.is_leaving:
+            return True
+        self.is_over = True
+        return False
+
+    def report(self) -> WaveReport:
+        return WaveReport(
+            num_requests=0,
+            num_cached_blocks=self._num_blocks,
+            bytes_moved=self.courier.bytes_moved - self._bytes_before,
+            units_in_place=self._units_in_place,
+            propose_s=0.0,
+            precopy_s=self.lanes.now() - self._started_s,
+            cutover_s=0.0,
+        )
+
+    def _follow_from(self, src: Group, num_blocks: int) -> bool:
+        kv = self.lanes.kv
+        dst = next(lane.group for lane in self.plan.lanes if lane.group.overlaps(src))
+        room = self.courier.room(dst, kv.arena.page_units(dst))
+        count = min(room, num_blocks, free_copies(kv, src, dst))
+        known = kv.prefixes.in_layout(dst)
+        blocks = kv.prefixes.newest(src, count)
+        for block in blocks:
+            if block.hash in known:
+                kv.evict(block)
+        fresh = [block for block in blocks if block.hash is not None]
+        if fresh:
+            transfer = Transfer(kv, src, dst)
+            self._num_blocks += transfer.reserve(fresh)
+            self.courier.send_final(transfer.copy(len(transfer.blocks)))
+            transfer.settle()
+            transfer.share()
+            self.courier.leave(transfer, keep=False)
+            self._units_in_place += transfer.num_in_place
+        return bool(blocks)
