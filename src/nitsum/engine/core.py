@@ -242,6 +242,8 @@ class Core:
             self._send(loop, composed, step_id)
         for preemption in composed.preempted:
             generation.preempt(preemption)
+        for sequence in composed.put_back:
+            generation.put_back(sequence)
         generation.note_evictions()
         return bool(composed.chunks)
 

@@ -182,27 +182,36 @@ class Generation:
         """The sequence lost its room on the device: it comes back from host memory where it is, or
         is computed again wherever suits it."""
         sequence = preemption.sequence
-        self._stop_moving(sequence)
-        if self.switcher.current is not None:
-            self.switcher.current.stuck.discard(sequence.request_id)  # its lane can close
-        self.num_departures += 1
-        if not preemption.kept:
+        if preemption.kept:
+            self.put_back(sequence)
+        else:
+            self._lose_kv(sequence)
             self.free_slot_of(sequence)
             self.admission.remove(sequence)
             sequence.forget_kv()
             self.route(sequence)
-        elif sequence.group is not None and self.loops[sequence.group].draining:
+
+    def put_back(self, sequence: Sequence) -> None:
+        """The sequence has no room on the device any more, and waits in its lane for some."""
+        self._lose_kv(sequence)
+        if sequence.group is not None and self.loops[sequence.group].draining:
             self.loops[sequence.group].scheduler.leave(sequence)
             self.route(sequence)
+
+    def _stop_moving(self, sequence: Sequence) -> None:
+        self.switcher.forget(sequence)
+        self.hand_overs.forget(sequence)
+
+    def _lose_kv(self, sequence: Sequence) -> None:
+        self._stop_moving(sequence)
+        if self.switcher.current is not None:
+            self.switcher.current.stuck.discard(sequence.request_id)  # its lane can close
+        self.num_departures += 1
 
     def free_slot_of(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self.dispatcher.free_slot(sequence.slot)
             sequence.slot = None
-
-    def _stop_moving(self, sequence: Sequence) -> None:
-        self.switcher.forget(sequence)
-        self.hand_overs.forget(sequence)
 
     # -- what moves --
 
@@ -279,9 +288,8 @@ class Generation:
 
     @property
     def is_idle(self) -> bool:
-        return not self.in_flight and not any(
-            loop.scheduler.has_work for loop in self.loops.values()
-        )
+        has_work = (loop.scheduler.has_work for loop in self.loops.values())
+        return not self.in_flight and not any(has_work)
 
     def now(self) -> float:
         return self.clock.now()

@@ -16,6 +16,7 @@ from nitsum.events import (
     Evicted,
     Finished,
     GenerationStarted,
+    HandedOver,
     PlanDecided,
     PlanJudged,
     Preempted,
@@ -189,6 +190,8 @@ class Recorder:
                 self._switch_goes_on(event)
             case SwitchEnded():
                 self._switch_ended(event)
+            case HandedOver():
+                pass
             case _:
                 self._request_goes_on(event)
 

@@ -221,7 +221,7 @@ def _make_way(lane: LaneScheduler, step: Composed, without: list[Sequence]) -> N
             and not sequence.num_restarts
             and lane.is_pressed[lane.setting.level(sequence)]
         ):
-            lane.put_back(sequence, step.now)
+            lane.put_back(sequence, step)
 
 
 def _add_in_turn(

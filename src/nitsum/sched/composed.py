@@ -47,6 +47,8 @@ class Composed:
     resumed: list[Resumption] = field(default_factory=list[Resumption])
     preempted: list[Preemption] = field(default_factory=list[Preemption])
     """Those whose KV was not kept are to be queued again."""
+    put_back: list[Sequence] = field(default_factory=list[Sequence])
+    """Prompts of which nothing was computed that gave their room back and wait again."""
     promoted: list[Sequence] = field(default_factory=list[Sequence])
     tokens: list[int] = field(default_factory=list[int])
     """Positions computed, by level."""

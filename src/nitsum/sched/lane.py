@@ -243,16 +243,17 @@ class LaneScheduler:
         if level > self.setting.level(favoured) or favoured.promoted:
             step.displaced.append((victim, favoured))
 
-    def put_back(self, sequence: Sequence, now: float) -> None:
+    def put_back(self, sequence: Sequence, step: Composed) -> None:
         """A late prompt with a slot of which nothing was computed waits in its queue again."""
         self.leave(sequence)
         self.kv.close(sequence.request_id)
         self.charge_prompt(sequence, sequence.num_cached - len(sequence.tokens))
         sequence.num_dispatched = sequence.num_computed = sequence.num_cached = 0
         sequence.state = SeqState.WAITING
-        self.note_waited(sequence, now)
+        self.note_waited(sequence, step.now)
         self.waiting[self.setting.level(sequence)].add(sequence)
         self._set_alarm(sequence)
+        step.put_back.append(sequence)
 
     def start(self, sequence: Sequence, now: float) -> None:
         """It has KV, and gets a slot."""

@@ -316,3 +316,25 @@ def test_sequences_of_two_full_lanes_take_turns_in_one(num_prompt: int):
     gained = [len(machine.answers[name]) - n for name, n in zip(ids, lengths, strict=True)]
     assert min(gained) > 0, "somebody never had a turn"
     machine.drain()
+
+
+def test_a_prompt_that_gives_its_room_back_leaves_the_wave_it_is_part_of():
+    plans = read_plans(["2xTP1", "TP2"], 2)
+    settings = {"max_batch_tokens": 4, "precopy_units": 64, "cost": FAST}
+    machine = Machine(2, plans=plans, num_blocks=256, **settings)
+    ids = [machine.submit([i] * 60, max_tokens=20) for i in range(8)]
+    while machine.core.status("x").num_running < 8:
+        machine.turn()
+    machine.switch("TP2")
+    switcher, num_lost = machine.core.generation.switcher, 0
+    while switcher.current is not None or not machine.reports:
+        machine.turn()
+        if switcher.current is None or switcher.current.filling is None:
+            continue
+        moves = [move.sequence for move in switcher.current.filling.wave.moves.values()]
+        for sequence in (s for s in moves if s.first_scheduled_s is None):
+            sequence.first_due_s = 0.0  # too late for everything
+            num_lost += 1
+    assert num_lost, "every prompt of the wave was begun"
+    machine.drain()
+    assert {machine.ended[name] for name in ids} == {"length"}
