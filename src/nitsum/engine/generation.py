@@ -179,8 +179,7 @@ class Generation:
         self.num_departures += 1
 
     def preempt(self, preemption: Preemption) -> None:
-        """The sequence lost its room on the device: it comes back from host memory where it is, or
-        is computed again wherever suits it."""
+        """The sequence lost its room: it comes back from host memory, or is computed again."""
         sequence = preemption.sequence
         if preemption.kept:
             self.put_back(sequence)
