@@ -18,8 +18,11 @@ pytestmark = pytest.mark.fault
 FLAGS = ("--ranks", "1", "--kv-memory", "32MiB")
 
 
-def ends(server: RunningServer, *, num_tokens: int, signals: int) -> tuple[Stream, float]:
-    """Send signals while an answer streams; the answer, and how long the end took, seconds."""
+def ends(
+    server: RunningServer, *, num_tokens: int, signals: int, is_slow: bool = False
+) -> tuple[Stream, float]:
+    """Send signals while an answer streams; the answer, and how long the end took, seconds. With
+    `is_slow`, the end takes long enough to see that new work is refused meanwhile."""
 
     async def main() -> tuple[Stream, float]:
         stream = Stream()
@@ -29,8 +32,8 @@ def ends(server: RunningServer, *, num_tokens: int, signals: int) -> tuple[Strea
             signalled_s = time.monotonic()
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.3)
-            if signals == 1:
+                await asyncio.sleep(0.05)  # answers take ten times as long
+            if is_slow:
                 await _refused(server.url)
             await asyncio.gather(task, return_exceptions=True)
             await asyncio.to_thread(server.process.wait, 60)
@@ -54,7 +57,7 @@ async def _refused(url: str) -> None:
 
 def test_one_signal_lets_answers_finish(checkpoint: Path, tmp_path: Path) -> None:
     with RunningServer(checkpoint, tmp_path, *FLAGS, "--shutdown-timeout", "60") as server:
-        stream, _ = ends(server, num_tokens=900, signals=1)
+        stream, _ = ends(server, num_tokens=900, signals=1, is_slow=True)
         assert stream.done
         assert len(stream.tokens) == 900
         assert server.stop() == 0
@@ -68,7 +71,7 @@ def test_a_second_signal_forces(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_deadline_ends_what_is_left_in_an_error(checkpoint: Path, tmp_path: Path) -> None:
-    with RunningServer(checkpoint, tmp_path, *FLAGS, "--shutdown-timeout", "0.5") as server:
+    with RunningServer(checkpoint, tmp_path, *FLAGS, "--shutdown-timeout", "0.1") as server:
         stream, _ = ends(server, num_tokens=950, signals=1)
         assert not stream.done
         assert stream.error is not None
