@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.floor import kv_bytes, weight_bytes
@@ -49,7 +50,7 @@ class Options:
     """Requests of 1,155 in and 211 out at once; 0 leaves it out."""
     context: int = 1024
     """Mean context of decode figures."""
-    load_format: str = "dummy"
+    load_format: Literal["auto", "dummy"] = "dummy"
     seed: int = 0
 
 
@@ -120,7 +121,7 @@ def engine_config(options: Options) -> EngineConfig:
         plans=PlanSet(options.tp, (plan,), plan.name),
         device="cuda",
         dtype="bfloat16",
-        load_format="dummy" if options.load_format == "dummy" else "auto",
+        load_format=options.load_format,
         kv_bytes=0,
         max_model_len=8192,
         max_num_seqs=largest,

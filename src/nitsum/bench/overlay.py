@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Literal
 
 from nitsum.bench.driver import Driver, Workers
 from nitsum.bench.stages import OnStage
@@ -48,7 +49,7 @@ class Options:
     num_turns: int = 1000
     num_seqs: int = 8
     """Of each lane."""
-    load_format: str = "dummy"
+    load_format: Literal["auto", "dummy"] = "dummy"
     seed: int = 0
 
 
@@ -65,7 +66,7 @@ def engine_config(options: Options) -> EngineConfig:
         plans=PlanSet(2, (plan,), plan.name),
         device="cuda",
         dtype="bfloat16",
-        load_format="dummy" if options.load_format == "dummy" else "auto",
+        load_format=options.load_format,
         kv_bytes=0,
         max_model_len=NUM_PROMPT + NUM_ALONE + 4 * options.num_turns,
         max_num_seqs=2 * options.num_seqs,

@@ -27,7 +27,7 @@ from nitsum.cli.build import CPU_KV_BYTES, build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.progress import note
 from nitsum.cli.readers import one_of, size_bytes, text, whole_number
-from nitsum.cli.settings import PlanSettings
+from nitsum.cli.settings import DeviceSettings, PlanSettings
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.config import EngineConfig
 from nitsum.cost.fit import print_fit
@@ -41,17 +41,13 @@ from nitsum.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSettings(PlanSettings):
+class ProfileSettings(DeviceSettings, PlanSettings):
     """What is measured, as it will be served."""
 
     model: str = setting(
         text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
     )
     out: str = setting(text, "cost.json", "where the table goes", "FILE")
-    device: Literal["cpu", "cuda"] = setting(one_of("cpu", "cuda"), "cpu", "cpu or cuda")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        one_of("auto", "float32", "bfloat16"), "auto", "float32 or bfloat16"
-    )
     load_format: Literal["auto", "dummy"] = setting(
         one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
     )
@@ -110,15 +106,12 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
     return EngineConfig(
         model=str(model),
         plans=build_plans(settings),
         device=settings.device,
         load_format=settings.load_format,
-        dtype=dtype,
+        dtype=settings.chosen_dtype,
         min_tp=settings.min_tp,
         block_tokens=settings.block_tokens,
         kv_bytes=kv_bytes,
