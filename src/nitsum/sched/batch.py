@@ -239,7 +239,7 @@ def _add_in_turn(
     for sequence in prefills:
         if len(step.chunks) >= lane.limits.max_num_seqs:
             return False
-        num_tokens = fits = _chunk_tokens(lane, step, sequence)
+        num_tokens = fits = _chunk_tokens(lane, step, sequence, is_alone=not behind)
         if behind and fits:
             if part is None:
                 part = max(MIN_CHUNK, int(PART_AHEAD * fits), fits - behind)
@@ -276,14 +276,17 @@ def _hold_to_first_token(
         step.first_tight_s = min(step.first_tight_s, allowed_s)
 
 
-def _chunk_tokens(lane: LaneScheduler, step: Composed, sequence: Sequence) -> int:
-    """Tokens of this prompt the step takes; 0 if it takes none."""
+def _chunk_tokens(
+    lane: LaneScheduler, step: Composed, sequence: Sequence, *, is_alone: bool
+) -> int:
+    """Tokens of this prompt the step takes; 0 if it takes none. A guaranteed share is no bound if
+    nobody else's prompt wants the rest: `is_alone`."""
     left = sequence.num_remaining
     most = min(left, lane.limits.max_batch_tokens - step.shape.num_tokens)
     if lane.takes_turns:
         most = min(most, _small_chunk(lane) - step.shape.prefill_tokens)
     level = lane.setting.level(sequence)
-    if lane.shares.protects(level) and not sequence.promoted:
+    if lane.shares.protects(level) and not sequence.promoted and not is_alone:
         most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
     if not lane.rules.slack or most <= 0:
         return max(most, 0)

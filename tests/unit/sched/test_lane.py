@@ -202,6 +202,25 @@ def test_a_long_prompt_does_not_stall_decodes():
     assert max(e.prefill_tokens for e in mixed) > 200
 
 
+def test_a_guaranteed_share_does_not_keep_a_prompt_from_room_nobody_else_wants():
+    """Owed a few tokens a step, it gets them first; alone, it gets all that the decodes bear."""
+    machine = one_rank(
+        num_blocks=4000, max_batch_tokens=256, cost=FixedCost(0.01, 1e-5), max_num_seqs=64
+    )
+    for i in range(40):
+        machine.submit([i] * 100, max_tokens=100, tier="priority")
+    for i in range(4):
+        machine.submit([100 + i] * 1000, max_tokens=2, tier="batch")  # earn while those start
+    while not (sent := of(machine, StepSent)) or sent[-1].num_decode < 40:
+        machine.turn()
+    first = len(sent)
+    for _ in range(60):
+        machine.turn()
+    chunks = [event.prefill_tokens for event in of(machine, StepSent)[first:]]
+    assert sum(chunks) > 3000
+    assert chunks[0] > 50
+
+
 def test_fcfs_takes_chunks_as_large_as_a_step():
     machine = one_rank(
         num_blocks=1200, max_batch_tokens=2048, cost=FixedCost(0.01, 1e-4), policy="fcfs"
