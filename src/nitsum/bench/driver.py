@@ -1,14 +1,14 @@
 """The engine without a server: one process that submits, switches and waits.
 
 workers = Workers(config, ...)          processes, started once
-driver = workers.driver()               a fresh core over them
+driver = workers.driver()               a fresh core over them, or `Driver(config, machine)` over
+                                        any other machine, in virtual time for one
 driver.submit(...); driver.switch(...)
 driver.run()                            until nothing is left; answers in driver.answers
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Protocol
 import zmq
 from msgspec import structs
 
-from nitsum.clock import MonotonicClock
+from nitsum.clock import Clock, MonotonicClock
 from nitsum.config import EngineConfig
 from nitsum.engine.core import Core
-from nitsum.engine.process import arena_of
+from nitsum.engine.executor import Executor
+from nitsum.engine.process import arena_of, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
@@ -30,8 +31,6 @@ from nitsum.messages import Output, Ready, SwitchReport
 from nitsum.request import FinishReason, Request
 from nitsum.shape import ModelShape
 
-WAIT_MS = 50
-"""Longest sleep for a worker's reply."""
 SETTLE_S = 30.0
 """Steps still on their way when the last request has ended are given this long."""
 
@@ -59,6 +58,23 @@ class Watcher(Protocol):
     def after(self, core: Core) -> None: ...
 
 
+class Machine(Protocol):
+    """What a core runs on: ranks, their memory, and how time passes."""
+
+    @property
+    def executor(self) -> Executor: ...
+
+    @property
+    def arena(self) -> ArenaShape: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    def wait(self, core: Core) -> None:
+        """Until a rank has replied, or the core wants a turn whatever happens."""
+        ...
+
+
 class Workers:
     """Running worker processes; cores over them come and go, one at a time."""
 
@@ -73,6 +89,7 @@ class Workers:
             self.executor.close()
             raise
         self.arena: ArenaShape = arena_of(config, self.shape, self.ready)
+        self.clock = MonotonicClock()
         self._driver: Driver | None = None
 
     def driver(
@@ -88,8 +105,13 @@ class Workers:
         """
         if self._driver is not None:
             self._driver.settle()
-        self._driver = Driver(config or self.config, self, sink or NullSink(), watcher)
+        self._driver = Driver(config or self.config, self, sink, watcher)
         return self._driver
+
+    def wait(self, core: Core) -> None:
+        poller = zmq.Poller()
+        poller.register(self.executor.reply_socket, zmq.POLLIN)
+        poller.poll(wait_ms(core))
 
     def close(self) -> None:
         self.executor.close()
@@ -110,10 +132,15 @@ class Driver:
     """A core, and what it said."""
 
     def __init__(
-        self, config: EngineConfig, workers: Workers, sink: EventSink, watcher: Watcher | None
+        self,
+        config: EngineConfig,
+        machine: Machine,
+        sink: EventSink | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
-        self.executor = workers.executor
-        self.core = Core(config, workers.arena, self.executor, MonotonicClock(), sink)
+        self.machine = machine
+        self.clock = machine.clock
+        self.core = Core(config, machine.arena, machine.executor, self.clock, sink or NullSink())
         self.answers: dict[str, Answer] = {}
         self.reports: list[SwitchReport] = []
         self._watcher = watcher
@@ -122,7 +149,7 @@ class Driver:
     def submit(self, request: Request) -> None:
         """Submit it; unless it says otherwise, it arrives now."""
         if not request.arrival_s:
-            request = structs.replace(request, arrival_s=time.monotonic())
+            request = structs.replace(request, arrival_s=self.clock.now())
         self.answers[request.request_id] = Answer(request)
         self.core.submit(request)
         self._something_new = True
@@ -142,7 +169,7 @@ class Driver:
         messages = self.core.turn()
         if self._watcher is not None:
             self._watcher.after(self.core)
-        now_s = time.monotonic()
+        now_s = self.clock.now()
         for message in messages:
             if isinstance(message, SwitchReport):
                 self.reports.append(message)
@@ -157,9 +184,9 @@ class Driver:
     def settle(self) -> None:
         """Until no step is on its way; raises `NitsumError` when one never comes back."""
         self.run()
-        deadline_s = time.monotonic() + SETTLE_S
+        deadline_s = self.clock.now() + SETTLE_S
         while self.core.generation.in_flight:
-            if time.monotonic() > deadline_s:
+            if self.clock.now() > deadline_s:
                 raise NitsumError(f"A step did not end within {SETTLE_S:g} s of the last answer.")
             self.turn()
 
@@ -173,9 +200,7 @@ class Driver:
         return self.core.status("driver").switching_to is not None
 
     def _wait(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self.executor.reply_socket, zmq.POLLIN)
-        poller.poll(WAIT_MS)
+        self.machine.wait(self.core)
 
     def _take(self, output: Output, now_s: float) -> None:
         answer = self.answers[output.request_id]

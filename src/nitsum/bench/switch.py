@@ -11,7 +11,6 @@ In float32, the text of every stream is then compared with the static layout's.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -153,12 +152,9 @@ def _ms(seconds: float | None) -> float | None:
 def measure(options: Options, on_stage: OnStage, note: Callable[[str], None]) -> Result:
     """Run the streams across all switches, then without any, and compare."""
     with Workers(engine_config(options), on_progress=note) as workers:
-        run = _Run(options, workers, on_stage)
-        while run.goes_on():
-            run.refill()
-            if run.is_time_to_switch():
-                run.switch()
-            run.driver.turn()
+        recorder = Recorder()
+        run = Run(options, workers.driver(sink=recorder), recorder, workers.shape, on_stage)
+        run.to_the_end()
         result = run.result()
         if options.dtype != "float32":
             return result
@@ -191,27 +187,42 @@ def engine_config(options: Options) -> EngineConfig:
     )
 
 
-class _Run:
+class Run:
     """Streams under switches, one turn at a time."""
 
-    def __init__(self, options: Options, workers: Workers, on_stage: OnStage) -> None:
+    def __init__(
+        self,
+        options: Options,
+        driver: Driver,
+        recorder: Recorder,
+        shape: ModelShape,
+        on_stage: OnStage,
+    ) -> None:
+        """`recorder` is the driver's sink."""
         self._options = options
         self._on_stage = on_stage
-        self._recorder = Recorder()
-        self.driver: Driver = workers.driver(sink=self._recorder)
-        vocab_size = workers.shape.vocab_size
-        self._prompts = _stream_prompts(options, vocab_size)
-        self._background = _background(options, vocab_size)
+        self._recorder = recorder
+        self.driver = driver
+        self._now = driver.clock.now
+        self._prompts = _stream_prompts(options, shape.vocab_size)
+        self._background = _background(options, shape.vocab_size)
         walk = plan_walk(options.plans.plans, options.plans.initial, Random(options.seed))
         self._targets = list(islice(walk, options.num_switches))
         self._num_started = 0
         self._is_over = False
-        self._due_s = time.monotonic() + PATIENCE_S
+        self._due_s = self._now() + PATIENCE_S
         self._num_in_full_arena = 0
         self._use_at_switch: list[float] = []
         self._lengths: dict[str, int] = {}
         """Tokens each running stream had when the last switch had settled."""
         self._settled_s = 0.0
+
+    def to_the_end(self) -> None:
+        while self.goes_on():
+            self.refill()
+            if self.is_time_to_switch():
+                self.switch()
+            self.driver.turn()
 
     def goes_on(self) -> bool:
         return self._wants_more() or bool(self._running())
@@ -238,7 +249,7 @@ class _Run:
     def is_time_to_switch(self) -> bool:
         if not self._wants_switch() or self.driver.is_switching or not self._has_gaps():
             return False
-        return self._is_full_and_in_prefill() or time.monotonic() > self._due_s
+        return self._is_full_and_in_prefill() or self._now() > self._due_s
 
     def switch(self) -> None:
         target = self._targets[self._num_started]
@@ -246,7 +257,7 @@ class _Run:
         self._num_in_full_arena += self._is_full_and_in_prefill()
         self._use_at_switch.append(self._use())
         self._num_started += 1
-        self._due_s = time.monotonic() + PATIENCE_S
+        self._due_s = self._now() + PATIENCE_S
         self._lengths = {}
         self.driver.switch(target)
 
@@ -308,9 +319,9 @@ class _Run:
     def _has_gaps(self) -> bool:
         """Every stream has had enough tokens since the switch before had settled."""
         if self.driver.is_switching:
-            self._settled_s = time.monotonic() + SETTLE_S
+            self._settled_s = self._now() + SETTLE_S
         running = self._running()
-        if time.monotonic() < self._settled_s:
+        if self._now() < self._settled_s:
             return False
         for answer in running:
             self._lengths.setdefault(answer.request.request_id, len(answer.tokens))
@@ -370,7 +381,7 @@ def _long_prompts(options: Options, vocab_size: int, random: Random) -> Iterator
 
 
 def _static_streams(
-    workers: Workers, options: Options, run: _Run, on_stage: OnStage
+    workers: Workers, options: Options, run: Run, on_stage: OnStage
 ) -> list[Answer]:
     """The same streams in one layout, with logits."""
     plans = workers.config.plans

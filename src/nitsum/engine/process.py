@@ -206,7 +206,7 @@ def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> No
             link.send(replace_fields(core.status(op_id), **extra))
 
 
-def _wait_ms(core: Core) -> int:
+def wait_ms(core: Core) -> int:
     """Milliseconds until the core wants a turn whatever happens."""
     if not core.has_work:
         return IDLE_WAIT_MS
@@ -223,5 +223,5 @@ def _wait(core: Core, executor: ProcessExecutor, link: ServerLink, parent: Conne
         poller.register(executor.reply_socket, zmq.POLLIN)
     except WorkerDied:
         return False  # the next turn starts new workers
-    ready = dict(poller.poll(_wait_ms(core)))
+    ready = dict(poller.poll(wait_ms(core)))
     return parent.fileno() in ready

@@ -7,8 +7,8 @@ that a message waits for was sent before it, so its end is known at the moment i
     rank 0   | step 1 (TP2) | step 3 (TP1) |
     rank 1   | step 1 (TP2) |    step 2 (TP1)    | move, after (rank 0, 2) |
 
-Moves take their turn between steps. On a GPU pre-copies share the machine with steps instead, so
-what a switch costs is overestimated here rather than underestimated.
+Moves take their turn between steps, so what a switch costs is overestimated rather than
+underestimated. With `copies_beside`, pre-copies run beside later steps, as they do on a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class SimExecutor:
         host_latency_s: float = HOST_LATENCY_S,
         noise: float = 0.0,
         seed: int = 0,
+        copies_beside: bool = False,
     ) -> None:
         self.arena = arena
         self.cost = cost
@@ -49,6 +50,7 @@ class SimExecutor:
         self.host_latency_s = host_latency_s
         self.noise = noise
         """Steps last up to this share more or less than predicted, evenly spread."""
+        self.copies_beside = copies_beside
         self._random = random.Random(seed)
         self._lanes: dict[Group, Lane] = {}
         self.start()
@@ -61,6 +63,8 @@ class SimExecutor:
         self._done_s = [array("d") for _ in ranks]
         """Per rank, when each message sent to it is done."""
         self._free_s = [now for _ in ranks]
+        self._copied_s = [now for _ in ranks]
+        """Per rank, when the copies beside its steps are done."""
         self.busy_s = [0.0 for _ in ranks]
         """Per rank, time in steps and moves, waiting for peers not counted."""
         self._replies: list[tuple[float, int, FromWorker]] = []
@@ -124,8 +128,13 @@ class SimExecutor:
         host_bytes = self._bytes_of(move.saves) + self._bytes_of(move.loads)
         if host_bytes:
             lasts_s += self.cost.offload_time(host_bytes)
-        self._finish(rank, start_s + lasts_s, lasts_s)
-        self._reply(start_s + lasts_s, MoveDone(move.move_id, rank, lasts_s, num_bytes))
+        if self.copies_beside and num_bytes and not move.rows:
+            self._finish(rank, self._free_s[rank], 0.0)
+            end_s = self._copied_s[rank] = max(start_s, self._copied_s[rank]) + lasts_s
+        else:
+            end_s = start_s + lasts_s
+            self._finish(rank, end_s, lasts_s)
+        self._reply(end_s, MoveDone(move.move_id, rank, lasts_s, num_bytes))
 
     def _bytes_of(self, pulls: list[Pull]) -> int:
         return sum(len(pull.dst_units) for pull in pulls) * self.arena.unit_bytes
