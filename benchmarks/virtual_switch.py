@@ -11,50 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from nitsum.bench.driver import Driver
 from nitsum.bench.switch import Options, Result, Run, engine_config
-from nitsum.clock import VirtualClock
-from nitsum.config import EngineConfig
-from nitsum.cost.analytic import AnalyticCost
+from nitsum.bench.virtual import VirtualMachine
 from nitsum.cost.machines import Machine
-from nitsum.engine.core import Core
-from nitsum.kv.cache import ArenaShape
 from nitsum.metrics.records import Recorder
 from nitsum.plan import read_plans
-from nitsum.shape import Geometry, ModelShape
-from nitsum.sim.executor import SimExecutor
+from nitsum.shape import ModelShape
 
 GIB = 1 << 30
 
 
-class VirtualMachine:
-    """Ranks in virtual time."""
-
-    def __init__(self, config: EngineConfig, shape: ModelShape, machine: Machine) -> None:
-        geometry = Geometry(shape, config.max_tp, config.min_tp)
-        unit_bytes = geometry.unit_bytes(config.block_tokens, 2)
-        self.arena = ArenaShape(
-            num_ranks=config.num_ranks,
-            num_units=config.kv_bytes // unit_bytes,
-            units_per_block=geometry.num_units,
-            block_tokens=config.block_tokens,
-            min_degree=config.plans.degrees[0],
-            unit_bytes=unit_bytes,
-        )
-        self.clock = VirtualClock()
-        cost = AnalyticCost(shape, machine, max_tp=config.max_tp, min_tp=config.min_tp)
-        self.executor = SimExecutor(self.arena, cost, self.clock, copies_beside=True)
-
-    def wait(self, core: Core) -> None:
-        at_s = min(self.executor.next_reply_s, core.next_dispatch_s)
-        self.clock.advance_to(max(at_s, self.clock.now()))
-
-
 def measure(options: Options, machine: Machine) -> Result:
     shape = ModelShape.from_folder(options.model)
-    config = engine_config(options)
+    config = replace(engine_config(options), device="cuda")
     recorder = Recorder()
     driver = Driver(config, VirtualMachine(config, shape, machine), recorder)
     run = Run(options, driver, recorder, shape, lambda *_: None)

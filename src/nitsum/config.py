@@ -52,9 +52,9 @@ class EngineConfig:
     """Of dummy weights."""
     timeout_s: float = 60.0
     """A step or a move that takes longer ends the worker generation."""
-    precopy_units: int = 256
-    """Units of pre-copies one rank may have before it, so that steps in between are not held up for
-    long."""
+    precopy_units: int = 0
+    """Units of pre-copies one rank may have before it; 0 is 256 on a CPU, where steps in between
+    wait for them, and 1024 on a GPU."""
     controller: Literal["static", "adaptive"] = "static"
     """adaptive: the engine changes plans by itself when that pays; static: only when told to."""
     cost_path: str = ""
@@ -72,7 +72,7 @@ class EngineConfig:
                 f"A plan has a TP{narrowest} lane, but min_tp is {self.min_tp}: no rank holds "
                 f"enough of the weights. Lower min_tp or drop the plan."
             )
-        for name in ("block_tokens", "max_num_seqs", "max_batch_tokens", "precopy_units"):
+        for name in ("block_tokens", "max_num_seqs", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
         if not 0.0 < self.gpu_memory_share <= 1.0:
@@ -90,6 +90,11 @@ class EngineConfig:
     @property
     def max_tp(self) -> int:
         return self.plans.max_tp
+
+    @property
+    def units_under_way(self) -> int:
+        """See `precopy_units`."""
+        return self.precopy_units or (256 if self.device == "cpu" else 1024)
 
     @property
     def max_slots(self) -> int:

@@ -29,9 +29,7 @@ def test_a_lane_narrower_than_the_resident_weights():
         config("2xTP2", "4xTP1", min_tp=2)
 
 
-@pytest.mark.parametrize(
-    "field", ["block_tokens", "max_num_seqs", "max_batch_tokens", "precopy_units"]
-)
+@pytest.mark.parametrize("field", ["block_tokens", "max_num_seqs", "max_batch_tokens"])
 def test_counts_that_must_be_positive(field: str):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1"):
         config("TP4", **{field: 0})

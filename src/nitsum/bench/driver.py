@@ -20,9 +20,10 @@ from msgspec import structs
 
 from nitsum.clock import Clock, MonotonicClock
 from nitsum.config import EngineConfig
+from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.executor import Executor
-from nitsum.engine.process import arena_of, wait_ms
+from nitsum.engine.process import arena_of, first_guess, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
@@ -70,6 +71,11 @@ class Machine(Protocol):
     @property
     def clock(self) -> Clock: ...
 
+    @property
+    def cost(self) -> CostModel:
+        """A first guess at step times."""
+        ...
+
     def wait(self, core: Core) -> None:
         """Until a rank has replied, or the core wants a turn whatever happens."""
         ...
@@ -90,6 +96,7 @@ class Workers:
             raise
         self.arena: ArenaShape = arena_of(config, self.shape, self.ready)
         self.clock = MonotonicClock()
+        self.cost = first_guess(config, self.shape)
         self._driver: Driver | None = None
 
     def driver(
@@ -140,7 +147,14 @@ class Driver:
     ) -> None:
         self.machine = machine
         self.clock = machine.clock
-        self.core = Core(config, machine.arena, machine.executor, self.clock, sink or NullSink())
+        self.core = Core(
+            config,
+            machine.arena,
+            machine.executor,
+            self.clock,
+            sink or NullSink(),
+            cost=machine.cost,
+        )
         self.answers: dict[str, Answer] = {}
         self.reports: list[SwitchReport] = []
         self._watcher = watcher

@@ -28,9 +28,14 @@ class FillingLanes(Lanes, Protocol):
         """Positions that the lane's sequences hold or wait to compute."""
         ...
 
+    @property
+    def last_sent(self) -> int:
+        """Number of the newest step."""
+        ...
 
-PATIENCE_TURNS = 32
-"""Turns that a filled wave waits, at most, for prompts under way to become part of it cheaply."""
+
+PATIENCE_STEPS = 8
+"""Steps that a filled wave waits, at most, for prompts under way to become part of it cheaply."""
 REQUESTS_PER_SPARE_BLOCK = 4
 """A fill ends early when less than a block for so many requests is free for them to go on."""
 HOME_REQUESTS = 2
@@ -68,8 +73,8 @@ class Filling:
         """Destinations that had no room for a request after all."""
         self.refused: set[Sequence] = set()
         """Those that fit nowhere in this wave."""
-        self.num_turns_full = 0
-        """Turns since everything was reserved for the first time."""
+        self.full_since: int | None = None
+        """Number of the newest step when everything was reserved for the first time."""
         self.is_closing = False
         """Nothing more is pre-copied: cut over when all that is under way has arrived."""
 
@@ -81,7 +86,8 @@ class Filling:
         if self._is_short_of_room():
             self._stop()
         elif is_full:
-            self.num_turns_full += 1
+            if self.full_since is None:
+                self.full_since = self.lanes.last_sent
             wave.times.filled_s = wave.times.filled_s or self.lanes.now()
             self.is_closing = self._is_worth_closing()
 
@@ -106,7 +112,8 @@ class Filling:
             if move is None:
                 break
             left -= self._reserve(move, left)
-        return not self.waiting and all(map(wave.is_filled, wave.moves.values()))
+        is_full = not self.waiting and all(map(wave.is_filled, wave.moves.values()))
+        return is_full and not self._newcomers()
 
     def _reserve(self, move: SequenceMove, num_blocks: int) -> int:
         count = self.wave.fill(move, num_blocks)
@@ -198,6 +205,5 @@ class Filling:
         """Whether what would be left to copy is small, or has not become so for long."""
         wave = self.wave
         num_left = sum(map(wave.num_left, wave.moves.values()))
-        return (
-            num_left <= TAIL_BLOCKS * (len(wave.moves) + 1) or self.num_turns_full >= PATIENCE_TURNS
-        )
+        waited = 0 if self.full_since is None else self.lanes.last_sent - self.full_since
+        return num_left <= TAIL_BLOCKS * (len(wave.moves) + 1) or waited >= PATIENCE_STEPS

@@ -58,6 +58,16 @@ class LaneTable(FillingLanes, Protocol):
         """Remove a drained lane; False while a step of it is in flight."""
         ...
 
+    def land(self, groups: list[Group]) -> None:
+        """Let these lanes come to their last steps together; nobody new gets KV in them."""
+        ...
+
+    def has_landed(self) -> bool:
+        """They have, or will very soon: it is time to cut over."""
+        ...
+
+    def end_landing(self) -> None: ...
+
     def level(self, sequence: Sequence) -> int: ...
 
     def cancel_hand_overs(self) -> None:
@@ -154,7 +164,7 @@ class Switcher:
         """Begin the next wave when the last one's sources are gone; True if nothing is left."""
         if not self.courier.is_leaving and self._propose(switch):
             return False
-        return not self._follow(switch) and self._close_drained(switch)
+        return switch.is_open and not self._follow(switch) and self._close_drained(switch)
 
     def acknowledge(self, move_id: int, num_bytes: int) -> None:
         self.courier.acknowledge(move_id, num_bytes)
@@ -175,6 +185,7 @@ class Switcher:
         if switch is None or switch.filling is None:
             return
         filling, switch.filling = switch.filling, None
+        self.lanes.end_landing()
         self.lanes.emit(
             WaveRolledBack(
                 at_s=self.lanes.now(),
@@ -204,6 +215,16 @@ class Switcher:
         """Groups that the switch under way empties."""
         switch = self.current
         return [] if switch is None else switch.draining
+
+    @property
+    def has_portions(self) -> bool:
+        """There is a bounded piece of work for the next turn, whatever happens until then."""
+        switch = self.current
+        if switch is None:
+            return False
+        if switch.filling is not None:
+            return not switch.filling.is_closing
+        return self.courier.is_leaving or switch.following is not None
 
     @property
     def is_waiting(self) -> bool:
@@ -279,11 +300,14 @@ class Switcher:
         """One portion of reserving and pre-copying; cut over when it is time."""
         if not filling.is_closing:
             filling.advance(self._portion(self.fill_blocks))
-        if filling.is_closing and self.courier.is_quiet:
+            if filling.is_closing or filling.full_since is not None:
+                self.lanes.land(self.draining)
+        if filling.is_closing and self.courier.is_quiet and self.lanes.has_landed():
             self._cut_over(switch, filling)
 
     def _cut_over(self, switch: Switch, filling: Filling) -> None:
         wave, switch.filling = filling.wave, None
+        self.lanes.end_landing()
         filling.add_late(self.fill_blocks)
         self._open(switch)
         wave.cut_over()

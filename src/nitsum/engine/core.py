@@ -40,6 +40,8 @@ from nitsum.sched.alarms import Alarms
 from nitsum.sched.composed import Composed
 from nitsum.tier import TierSet
 
+PORTION_S = 2e-3
+"""From one portion of a switch to the next."""
 START_ATTEMPTS = 3
 """Tries to start a new generation of workers before the engine gives up and says so."""
 
@@ -77,8 +79,9 @@ class Core:
         self.generation_number = 1
         self.draining = False
         self.last_step_s = clock.now()
-        self.next_dispatch_s = inf
-        """When a step will be due to be sent although nothing happened until then."""
+        self.next_turn_s = inf
+        """When there is something to do although nothing happens until then: a step is due to be
+        sent, or the next portion of a switch."""
 
     # -- receive --
 
@@ -206,7 +209,9 @@ class Core:
             pass
         now = self.clock.now()
         held_s = [load.send_at_s(loop) for loop in generation.loops.values() if load.has_room(loop)]
-        self.next_dispatch_s = min((at_s for at_s in held_s if at_s > now), default=inf)
+        self.next_turn_s = min((at_s for at_s in held_s if at_s > now), default=inf)
+        if generation.switcher.has_portions:
+            self.next_turn_s = min(self.next_turn_s, now + PORTION_S)
 
     def _dispatch_round(self) -> bool:
         """One step for every lane that can take one; False when there was none.
@@ -223,9 +228,11 @@ class Core:
             for loop in generation.loops.values()
             if loop.scheduler.neighbours or (load.has_room(loop) and load.send_at_s(loop) <= now)
         ]
+        landing = generation.landing
         for loop in sorted(loops, key=generation.turn_order()):
             if loop.scheduler.has_work and load.free_for(loop):
-                num_sent += self._step(loop)
+                if landing is None or landing.lets_send(loop, now):
+                    num_sent += self._step(loop)
         return num_sent > 0
 
     def _step(self, loop: LaneLoop) -> bool:

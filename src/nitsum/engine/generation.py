@@ -17,6 +17,7 @@ from nitsum.control.switching import Switcher
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.dispatch import Dispatcher
 from nitsum.engine.executor import Executor
+from nitsum.engine.landing import Landing
 from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight
 from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
@@ -81,6 +82,7 @@ class Generation:
         self.loops: dict[Group, LaneLoop] = {}
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
+        self.landing: Landing | None = None
         self.setting = Setting(
             clock,
             self.kv,
@@ -97,8 +99,8 @@ class Generation:
         self.step_ids = count(1)
         self.last_sent = 0
         """The newest step's number."""
-        self.switcher = Switcher(self, plan, units_under_way=config.precopy_units)
-        self.hand_overs = HandOvers(self, config.precopy_units)
+        self.switcher = Switcher(self, plan, units_under_way=config.units_under_way)
+        self.hand_overs = HandOvers(self, config.units_under_way)
         for lane in plan.lanes:
             self.open_lane(lane)
 
@@ -348,7 +350,7 @@ class Generation:
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]
-            loop.scheduler.takes_turns = any(loop.draining or other.draining for other in others)
+            loop.scheduler.drains = loop.draining
 
     def drain_lane(self, group: Group) -> None:
         loop = self.loops[group]
@@ -370,6 +372,19 @@ class Generation:
         self.admission.close_lane(group)
         self._meet_neighbours()
         return True
+
+    def land(self, groups: list[Group]) -> None:
+        if self.landing is None:
+            loops = [self.loops[group] for group in groups if group in self.loops]
+            self.landing = Landing(loops, self.rank_load)
+
+    def has_landed(self) -> bool:
+        return self.landing is None or self.landing.aim(self.now())
+
+    def end_landing(self) -> None:
+        if self.landing is not None:
+            self.landing.end()
+            self.landing = None
 
     def sequences_on(self, group: Group) -> list[Sequence]:
         loop = self.loops.get(group)

@@ -56,10 +56,13 @@ class RankLoad:
     """Predicted time of a rank's steps in flight."""
     free_s: list[float] = field(default_factory=list[float])
     """When each rank will be through with them."""
+    last_s: list[float] = field(default_factory=list[float])
+    """Predicted time of the step sent to each rank last."""
 
     def __post_init__(self) -> None:
         self.ahead_s = [0.0 for _ in self.num_in_flight]
         self.free_s = [0.0 for _ in self.num_in_flight]
+        self.last_s = [0.0 for _ in self.num_in_flight]
 
     @property
     def is_full(self) -> bool:
@@ -97,6 +100,7 @@ class RankLoad:
             self.num_in_flight[rank] += 1
             self.ahead_s[rank] += step.predicted_s
             self.free_s[rank] = end_s
+            self.last_s[rank] = step.predicted_s
 
     def ended(self, step: StepInFlight, now: float) -> None:
         for rank in step.loop.lane.ranks:

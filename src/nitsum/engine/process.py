@@ -210,7 +210,7 @@ def wait_ms(core: Core) -> int:
     """Milliseconds until the core wants a turn whatever happens."""
     if not core.has_work:
         return IDLE_WAIT_MS
-    until_s = core.next_dispatch_s - core.clock.now()
+    until_s = core.next_turn_s - core.clock.now()
     return BUSY_WAIT_MS if 1000 * until_s >= BUSY_WAIT_MS else ceil(max(0.0, 1000 * until_s))
 
 

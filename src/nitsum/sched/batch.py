@@ -52,7 +52,7 @@ def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
         _thin_out(lane, step, any(sequence.pace_s is not None for sequence in prefills))
     if step.chunks:
         step.predicted_s = lane.step_time(step)
-    step.decodes = step.shape
+    step.decodes, lane.decode_s = step.shape, step.predicted_s
     return prefills
 
 
@@ -288,6 +288,8 @@ def _chunk_tokens(
     level = lane.setting.level(sequence)
     if lane.shares.protects(level) and not sequence.promoted and not is_alone:
         most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
+    if lane.end_by_s < inf:
+        most = _fitting(lane, step, sequence, most, lane.end_by_s - step.start_s)
     if not lane.rules.slack or most <= 0:
         return max(most, 0)
     count = _by_slack(lane, step, sequence, most)

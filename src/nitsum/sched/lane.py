@@ -53,9 +53,14 @@ class LaneScheduler:
         self.room = Room(self)
         self.neighbours: list[LaneScheduler] = []
         """Lanes that share ranks with this one."""
-        self.takes_turns = False
-        """A switch takes requests from here into a lane on the same ranks, or the other way: both
-        step, so both keep their steps short."""
+        self.drains = False
+        """A switch takes its requests away."""
+        self.is_closing = False
+        """It is about to take all of them at once: nobody new gets KV here."""
+        self.end_by_s = inf
+        """Prompts in the next step are to let it end by then."""
+        self.decode_s = 0.0
+        """What the decodes of the last step alone would have taken."""
         self.next_start_s = float("inf")
         """When the lane's next step must start at the latest."""
         self.num_dry = 0
@@ -156,6 +161,15 @@ class LaneScheduler:
         for sequence in taken:
             self.leave(sequence)
         return taken
+
+    @property
+    def takes_turns(self) -> bool:
+        """A switch takes requests from here into a lane on the same ranks, or the other way: both
+        step, so both keep their steps short."""
+        return any(
+            (self.drains or other.drains) and self.num_running and other.num_running
+            for other in self.neighbours
+        )
 
     @property
     def num_waiting(self) -> int:

@@ -164,7 +164,7 @@ class Simulation:
         at_s = min(self.feed.next_s, self.executor.next_reply_s)
         if self._num_switches < len(self._switches):
             at_s = min(at_s, self._switches[self._num_switches].at_s)
-        return min(at_s, self._tick_s, self.core.next_dispatch_s) if self.core.has_work else at_s
+        return min(at_s, self._tick_s, self.core.next_turn_s) if self.core.has_work else at_s
 
     def _turn(self) -> None:
         now = self.clock.now()

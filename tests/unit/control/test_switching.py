@@ -108,6 +108,19 @@ def test_whatever_happens_in_whichever_phase(num_turns: int, what: str):
     assert machine.reports[-1].ok
 
 
+def test_a_wave_called_off_before_anything_opened_closes_no_lane():
+    machine = busy(num_requests=1)  # one of the two lanes has nothing to move
+    machine.switch("TP2")
+    machine.turn()
+    machine.core.generation.switcher.cancel_wave("a test")
+    for _ in range(3):
+        machine.turn()
+        assert set(machine.core.generation.switcher.plan.groups) <= set(
+            machine.core.generation.loops
+        )
+    machine.drain()
+
+
 def test_dropping_a_request_before_the_cut_over_gives_its_room_back():
     machine = busy(num_requests=2)
     kv = machine.core.generation.kv

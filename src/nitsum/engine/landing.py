@@ -1,0 +1,88 @@
+"""Lanes that a switch is about to empty come to their last steps together.
+
+A cut over puts the new lanes' first steps behind the last steps of the old ones. What a stream
+feels of it is the time its rank waits for other ranks, and the engine's and the workers' own time
+if no step runs meanwhile. So the last steps are made to end together, by the prompts they take on,
+and the cut over comes early in them:
+
+    rank 0   | step         | last, made to fit   | new lane ..
+    rank 1   | step                    | last     | new lane ..
+                            ^ cut over
+
+Meanwhile nobody new gets KV in these lanes: it would have to be left behind.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from nitsum.engine.lanes import LaneLoop, RankLoad
+
+TOGETHER_S = 1e-3
+"""Steps that end so close to each other end together."""
+LEAD_S = 0.01
+"""The cut over should come so long before the last steps end: it takes the host a few ms."""
+MAX_STEPS = 8
+"""Steps after which it is given up: ends that no prompts can move apart stay where they are."""
+
+
+class Landing:
+    """From the moment a wave has all it can have until it is cut over."""
+
+    def __init__(self, loops: list[LaneLoop], load: RankLoad) -> None:
+        self._loops = loops
+        self._load = load
+        self._num_sent = 0
+        self._is_aiming = False
+        for loop in loops:
+            loop.scheduler.is_closing = True
+
+    def end(self) -> None:
+        """Cut over, or called off."""
+        for loop in self._loops:
+            loop.scheduler.is_closing = False
+            loop.scheduler.end_by_s = inf
+
+    def aim(self, now: float) -> bool:
+        """From now on steps are sent so that the last ones end together; True when they will."""
+        self._is_aiming = True
+        busy = self._busy()
+        if any(loop.num_in_flight > 1 for loop in busy):
+            return False
+        ends = [self._end_s(loop) for loop in busy]
+        if not ends:
+            return True
+        if max(ends) - min(ends) > TOGETHER_S and self._num_sent < MAX_STEPS:
+            return False
+        return self._num_sent >= MAX_STEPS or max(ends) - now >= self._lead_s(busy)
+
+    def lets_send(self, loop: LaneLoop, now: float) -> bool:
+        """Whether the lane may get its next step, and by when that should end."""
+        if not self._is_aiming or loop not in self._loops:
+            return True
+        busy = self._busy()
+        mine_s = self._end_s(loop) if loop.num_in_flight else now
+        latest_s = max((self._end_s(other) for other in busy), default=now)
+        loop.scheduler.end_by_s = inf
+        if latest_s - mine_s > TOGETHER_S:
+            if mine_s + loop.scheduler.decode_s <= latest_s + TOGETHER_S:
+                loop.scheduler.end_by_s = latest_s
+        elif len(busy) > 1 and self._waits_for_others(busy, now):
+            return False
+        self._num_sent += 1
+        return True
+
+    def _waits_for_others(self, busy: list[LaneLoop], now: float) -> bool:
+        """Others will come to an end with the latest, or all have, in good time."""
+        ends = [self._end_s(loop) for loop in busy]
+        return max(ends) - min(ends) > TOGETHER_S or max(ends) - now >= self._lead_s(busy)
+
+    def _lead_s(self, busy: list[LaneLoop]) -> float:
+        """Of short steps, half is enough."""
+        return min(LEAD_S, *(0.5 * self._load.last_s[loop.group.leader] for loop in busy))
+
+    def _busy(self) -> list[LaneLoop]:
+        return [loop for loop in self._loops if loop.num_in_flight]
+
+    def _end_s(self, loop: LaneLoop) -> float:
+        return max(self._load.free_s[rank] for rank in loop.lane.ranks)

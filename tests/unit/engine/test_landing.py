@@ -1,0 +1,127 @@
+"""What streams feel of a switch, in virtual time: old lanes end together, nobody waits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nitsum.bench.driver import Driver
+from nitsum.bench.virtual import VirtualMachine
+from nitsum.config import EngineConfig
+from nitsum.control.filling import Filling
+from nitsum.control.switch import Switch
+from nitsum.control.switching import Switcher
+from nitsum.cost.machines import Machine
+from nitsum.engine.landing import TOGETHER_S
+from nitsum.metrics.records import Recorder
+from nitsum.plan import read_plans
+from nitsum.request import Request, SamplingParams
+from nitsum.shape import ModelShape
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+NUM_STREAMS = 16
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    """Two lanes of one rank with streams, and prompts enough that every step takes some on."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    shape = ModelShape.from_folder(tmp_path)
+    config = EngineConfig(
+        model="none",
+        plans=read_plans(["2xTP1", "TP2"], 2),
+        device="cuda",
+        dtype="bfloat16",
+        kv_bytes=4 << 30,
+        max_num_seqs=64,
+        max_batch_tokens=512,
+        policy="fcfs",
+    )
+    machine = VirtualMachine(config, shape, Machine.parse("2xH100"))
+    driver = Driver(config, machine, Recorder())
+    for number in range(NUM_STREAMS):
+        submit(driver, f"s{number}", 64 + 40 * number, 2000)
+    number = 0
+    while len(driver.answers["s15"].tokens) < 5:
+        driver.turn()
+    while driver.num_active < NUM_STREAMS + 8:
+        submit(driver, f"b{number}", 1500 + 100 * number, 4)
+        number += 1
+    yield driver
+
+
+def submit(driver: Driver, name: str, num_prompt: int, max_tokens: int) -> None:
+    prompt = [hash((name, place)) % 1000 for place in range(num_prompt)]
+    driver.submit(Request(name, prompt, SamplingParams(max_tokens=max_tokens)))
+
+
+def run_until_switched(driver: Driver, plan: str) -> None:
+    num_before = len(driver.reports)
+    number = 0
+    driver.switch(plan)
+    while len(driver.reports) == num_before:
+        if driver.num_active < NUM_STREAMS + 8:
+            submit(driver, f"{plan}-{number}", 1500, 4)
+            number += 1
+        driver.turn()
+
+
+def test_steps_of_old_lanes_end_together_and_the_cut_over_comes_early_in_them(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+):
+    ends: list[tuple[float, float]] = []
+    original = Switcher._cut_over  # pyright: ignore[reportPrivateUsage]
+
+    def spy(self: Switcher, switch: Switch, filling: Filling) -> None:
+        now = driver.clock.now()
+        free_s = driver.core.generation.rank_load.free_s
+        ends.append((min(free_s) - now, max(free_s) - now))
+        original(self, switch, filling)
+
+    monkeypatch.setattr(Switcher, "_cut_over", spy)
+    for plan in ("TP2", "2xTP1", "TP2"):
+        run_until_switched(driver, plan)
+    assert len(ends) == 3  # one wave each: nobody was left behind
+    for first_s, last_s in ends:
+        assert last_s - first_s <= TOGETHER_S
+        assert first_s > 4e-3
+
+
+def test_no_gap_at_a_switch_is_longer_than_those_without(driver: Driver):
+    """All steps take on as many tokens, so that gaps are alike within a layout."""
+    for plan in ("TP2", "2xTP1", "TP2", "2xTP1"):
+        run_until_switched(driver, plan)
+        for _ in range(100):
+            if driver.num_active < NUM_STREAMS + 8:
+                submit(driver, f"{plan}-{driver.clock.now()}", 1500, 4)
+            driver.turn()
+    times = driver.answers["s0"].times_s
+    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+    assert gaps[-1] <= gaps[9 * len(gaps) // 10] + 2e-3
+
+
+def test_nobody_new_gets_kv_in_a_lane_about_to_be_emptied(driver: Driver):
+    """It would be left behind, and keep the old lane going beside the new one."""
+    driver.switch("TP2")
+    while driver.core.generation.landing is None:
+        driver.turn()
+    driver.submit(Request("late", [1] * 600, SamplingParams(max_tokens=4), tier="priority"))
+    while driver.core.generation.landing is not None:
+        assert "late" not in driver.core.generation.kv.tables
+        driver.turn()
+    group = driver.core.sequences["late"].group
+    assert group is not None
+    assert group.degree == 2
