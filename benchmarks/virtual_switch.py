@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nitsum.bench.driver import Driver
-from nitsum.bench.switch import Options, Result, Run, engine_config
+from nitsum.bench.switch import Result, Run
+from nitsum.bench.switch_load import Options, engine_config
 from nitsum.bench.virtual import VirtualMachine
 from nitsum.cost.machines import Machine
 from nitsum.metrics.records import Recorder

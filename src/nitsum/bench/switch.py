@@ -10,83 +10,45 @@ In float32, the text of every stream is then compared with the static layout's.
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Literal
 
 from msgspec import structs
 
 from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.moved import holds_kv
-from nitsum.bench.scenario import plan_walk, static_plan, with_static
+from nitsum.bench.scenario import plan_walk, static_plan
 from nitsum.bench.stages import OnStage
+from nitsum.bench.switch_load import (
+    NUM_BACKGROUND,
+    Options,
+    background,
+    engine_config,
+    stream_prompts,
+)
 from nitsum.bench.texts import CLOSE_LOGITS, best_two_gap, first_difference
-from nitsum.config import EngineConfig
 from nitsum.errors import NitsumError
-from nitsum.messages import Device, Dtype, SwitchReport
+from nitsum.messages import SwitchReport
 from nitsum.metrics.percentiles import Summary, summarise
-from nitsum.metrics.records import Recorder
+from nitsum.metrics.records import Recorder, RequestRecord
 from nitsum.metrics.switches import SETTLE_S, SwitchSummary, pauses, summarise_switches
 from nitsum.plan import PlanSet
-from nitsum.request import Request, SamplingParams
-from nitsum.shape import Geometry, ModelShape, round_up
-from nitsum.shared import DTYPE_BYTES
-from nitsum.tier import Tier
+from nitsum.request import Request
+from nitsum.shape import ModelShape
 
 FULL = 0.95
 """Share of all ranks' units in use from which the arena counts as full: by requests, or by requests
 and cached blocks (`Options.fill`)."""
-NUM_BACKGROUND = 4
-"""Active at once where cached prefixes fill the arena: a prompt is always half computed."""
-MIN_TOKENS = 5
+MIN_TOKENS = 8
 """Tokens each stream has had since the switch before: enough gaps for a median."""
 PATIENCE_S = 60.0
 """A switch waits so long for a full arena; one that then starts anyway is counted apart."""
 BEFORE_S = 1.0
 """Steps so soon before a switch say how long they take without one."""
-
-TIERS = (
-    Tier("priority", 0, deadline_s=1e6, max_wait_s=1e6),
-    Tier("batch", 1, deadline_s=1e6, max_wait_s=1e6),
-)
-
-
-Fill = Literal["requests", "cache"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured."""
-
-    model: Path
-    plans: PlanSet
-    device: Device = "cpu"
-    dtype: Dtype = "float32"
-    load_format: Literal["auto", "dummy"] = "auto"
-    fill: Fill = "requests"
-    """What fills the arena: requests, so that every wave has to wait for room, or cached prefixes,
-    as on a server that has been up for a while."""
-    kv_bytes: int | None = None
-    """Of a rank's arena; None: made for the streams, 0: all there is."""
-    max_batch_tokens: int = 0
-    """0: a multiple of the streams."""
-    num_each_way: int = 20
-    num_streams: int = 8
-    num_prompt: int = 32
-    num_answer: int = 160
-    """Of a stream; when one ends the next begins."""
-    block_tokens: int = 16
-    seed: int = 0
-
-    @property
-    def num_switches(self) -> int:
-        num_plans = len(self.plans.plans)
-        return self.num_each_way * num_plans * (num_plans - 1)
 
 
 @dataclass
@@ -106,6 +68,8 @@ class Result:
     """Streams that left it where the reference's two best logits were too close to call."""
     different: list[str] = field(default_factory=list[str])
     """Streams that left it anywhere else."""
+    pause_before_s: Summary = field(default_factory=lambda: summarise(()))
+    """The same of as long a time before each switch."""
     slowdown_s: Summary = field(default_factory=lambda: summarise(()))
     """How much longer the old lanes' steps took from propose to commit, per switch."""
 
@@ -127,6 +91,9 @@ class Result:
             "added_pause_p50_ms": _ms(pause.p50),
             "added_pause_p99_ms": _ms(pause.p99),
             "added_pause_max_ms": _ms(pause.max),
+            "pause_without_switch_p50_ms": _ms(self.pause_before_s.p50),
+            "pause_without_switch_p99_ms": _ms(self.pause_before_s.p99),
+            "pause_without_switch_max_ms": _ms(self.pause_before_s.max),
             "moved_bytes_per_switch": sum(w.bytes_moved for w in waves) / count,
             "units_in_place_per_switch": sum(w.units_in_place for w in waves) / count,
             "longest_turn_ms": 1e3 * max((r.longest_turn_s for r in self.reports), default=0.0),
@@ -162,31 +129,6 @@ def measure(options: Options, on_stage: OnStage, note: Callable[[str], None]) ->
     return result
 
 
-def engine_config(options: Options) -> EngineConfig:
-    """Unless told otherwise, all streams at their longest would take two thirds of the arenas."""
-    shape = ModelShape.from_folder(options.model)
-    plans = with_static(options.plans)
-    geometry = Geometry(shape, plans.max_tp)
-    blocks = -(-(options.num_prompt + options.num_answer) // options.block_tokens)
-    blocks_per_rank = -(-3 * options.num_streams * blocks // (2 * plans.num_ranks))
-    units = round_up(blocks_per_rank * geometry.units_per_page(1), geometry.num_units)
-    unit_bytes = geometry.unit_bytes(options.block_tokens, DTYPE_BYTES[options.dtype])
-    return EngineConfig(
-        model=str(options.model),
-        plans=plans,
-        device=options.device,
-        dtype=options.dtype,
-        load_format=options.load_format,
-        kv_bytes=units * unit_bytes if options.kv_bytes is None else options.kv_bytes,
-        block_tokens=options.block_tokens,
-        max_model_len=options.num_prompt + options.num_answer,
-        max_num_seqs=4 * options.num_streams,
-        max_batch_tokens=options.max_batch_tokens or max(64, 4 * options.num_streams),
-        tiers=TIERS,
-        timeout_s=120.0,
-    )
-
-
 class Run:
     """Streams under switches, one turn at a time."""
 
@@ -204,12 +146,13 @@ class Run:
         self._recorder = recorder
         self.driver = driver
         self._now = driver.clock.now
-        self._prompts = _stream_prompts(options, shape.vocab_size)
-        self._background = _background(options, shape.vocab_size)
+        self._prompts = stream_prompts(options, shape.vocab_size)
+        self._background = background(options, shape.vocab_size)
         walk = plan_walk(options.plans.plans, options.plans.initial, Random(options.seed))
         self._targets = list(islice(walk, options.num_switches))
         self._num_started = 0
-        self._is_over = False
+        self._over_s: float | None = None
+        """When the last switch was over and nothing more was submitted."""
         self._due_s = self._now() + PATIENCE_S
         self._num_in_full_arena = 0
         self._use_at_switch: list[float] = []
@@ -262,7 +205,11 @@ class Run:
         self.driver.switch(target)
 
     def result(self) -> Result:
-        records = [r for name, r in self._recorder.requests.items() if name[0] == "s"]
+        records = [
+            _until(record, self._over_s)
+            for name, record in self._recorder.requests.items()
+            if name[0] == "s"
+        ]
         switches = self._recorder.switches
         found, _ = pauses(switches, records)
         return Result(
@@ -271,6 +218,7 @@ class Run:
                 switches, records, self._recorder.steps, small_samples=True
             ),
             added_pause_s=summarise((pause.added_s for pause in found), small_samples=True),
+            pause_before_s=summarise((p.before_s for p in found), small_samples=True),
             use_at_switch=self._use_at_switch,
             num_in_full_arena=self._num_in_full_arena,
             slowdown_s=summarise(self._slowdowns_s(), small_samples=True),
@@ -305,8 +253,8 @@ class Run:
     def _wants_more(self) -> bool:
         """Until the last switch has ended and every stream has had a few tokens since."""
         if len(self.driver.reports) == len(self._targets) and self._has_gaps():
-            self._is_over = True
-        return not self._is_over
+            self._over_s = self._over_s or self._now()
+        return self._over_s is None
 
     def _running(self) -> list[Answer]:
         """Streams that go on; raises `NitsumError` when one was refused."""
@@ -344,37 +292,10 @@ class Run:
         return in_prefill and self._use() >= FULL
 
 
-def _stream_prompts(options: Options, vocab_size: int) -> Iterator[Request]:
-    random = Random(options.seed)
-    for number in itertools.count():
-        # Of different lengths, so that they do not all end, and leave the arena empty, together.
-        num_answer = random.randint(options.num_answer // 2, options.num_answer)
-        sampling = SamplingParams(max_tokens=num_answer, temperature=0.0)
-        prompt = random.choices(range(vocab_size), k=options.num_prompt)
-        yield Request(f"s{number}", prompt, sampling, tier="priority", tier_asked="priority")
-
-
-def _background(options: Options, vocab_size: int) -> Iterator[Request]:
-    """Prompts of all lengths, which fill the gaps, half of them with one of two common prefixes; or
-    long ones with short answers, which leave much behind in the cache."""
-    random = Random(options.seed + 1)
-    block = options.block_tokens
-    if options.fill == "cache":
-        yield from _long_prompts(options, vocab_size, random)
-    prefixes = [random.choices(range(vocab_size), k=block) for _ in range(2)]
-    for number in itertools.count():
-        prefix = random.choice(prefixes) if random.random() < 0.5 else []
-        tail = random.choices(range(vocab_size), k=random.randint(1, 5 * block))
-        sampling = SamplingParams(max_tokens=random.randint(block // 2, 2 * block), seed=number)
-        yield Request(f"b{number}", prefix + tail, sampling, tier="batch", tier_asked="batch")
-
-
-def _long_prompts(options: Options, vocab_size: int, random: Random) -> Iterator[Request]:
-    longest = options.num_prompt + options.num_answer
-    for number in itertools.count():
-        sampling = SamplingParams(max_tokens=4, temperature=0.0)
-        prompt = random.choices(range(vocab_size), k=random.randint(longest // 2, longest - 4))
-        yield Request(f"b{number}", prompt, sampling, tier="batch", tier_asked="batch")
+def _until(record: RequestRecord, at_s: float | None) -> RequestRecord:
+    """The stream while the load was what it was at the switches."""
+    times = array("d", (t for t in record.token_times if at_s is None or t <= at_s))
+    return replace(record, token_times=times)
 
 
 # --- the text -----------------------------------------------------------------------------------

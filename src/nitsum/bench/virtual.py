@@ -1,4 +1,4 @@
-"""A machine in virtual time for whoever drives a core: what the engine decides, and nothing else."""
+"""A machine in virtual time for who drives a core: what the engine decides, and nothing else."""
 
 from __future__ import annotations
 

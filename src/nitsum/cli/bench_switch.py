@@ -9,7 +9,8 @@ from msgspec import to_builtins
 
 from nitsum.bench.provenance import summary
 from nitsum.bench.stages import stages
-from nitsum.bench.switch import Options, Result, measure
+from nitsum.bench.switch import Result, measure
+from nitsum.bench.switch_load import Options
 from nitsum.bench.tables import percent, print_line, print_table, size
 from nitsum.bench.verify import check_plans
 from nitsum.cli.checkpoint import checkpoint_folder
@@ -110,7 +111,8 @@ def print_result(result: Result) -> None:
         for d in result.directions
     ]
     total = ("all", str(len(result.reports)), *_pause_cells(result.added_pause_s))
-    print_table("Streams across a switch", columns, [*rows, total])
+    before = ("as long before", "", *_pause_cells(result.pause_before_s))
+    print_table("Streams across a switch", columns, [*rows, total, before])
     print_table("A switch, on average", ("", ""), _work_rows(result.figures()))
     print_line(
         f"{result.num_in_full_arena} of {len(result.reports)} switches began in a full arena "
@@ -129,7 +131,7 @@ def print_result(result: Result) -> None:
 
 def _pause_cells(pause: Summary) -> tuple[str, ...]:
     values = (pause.p50, pause.p99, pause.max)
-    cells = ("-" if value is None else f"{1e3 * value:.0f}" for value in values)
+    cells = ("-" if value is None else f"{1e3 * value:.1f}" for value in values)
     return (str(pause.num), *cells)
 
 

@@ -37,6 +37,22 @@ from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
 
 
+class Landing(Protocol):
+    """Lets lanes that are about to be emptied come to their last steps together."""
+
+    def begin(self, groups: list[Group]) -> None:
+        """Nobody new gets KV in these lanes; does nothing if it has begun."""
+        ...
+
+    def aim(self, now: float) -> bool:
+        """Make their last steps end together; True when they will, and it is time to cut over."""
+        ...
+
+    def end(self) -> None:
+        """Cut over, or called off."""
+        ...
+
+
 class LaneTable(FillingLanes, Protocol):
     """What a switch needs of the engine beyond what filling a wave needs."""
 
@@ -58,15 +74,8 @@ class LaneTable(FillingLanes, Protocol):
         """Remove a drained lane; False while a step of it is in flight."""
         ...
 
-    def land(self, groups: list[Group]) -> None:
-        """Let these lanes come to their last steps together; nobody new gets KV in them."""
-        ...
-
-    def has_landed(self) -> bool:
-        """They have, or will very soon: it is time to cut over."""
-        ...
-
-    def end_landing(self) -> None: ...
+    @property
+    def landing(self) -> Landing: ...
 
     def level(self, sequence: Sequence) -> int: ...
 
@@ -185,7 +194,7 @@ class Switcher:
         if switch is None or switch.filling is None:
             return
         filling, switch.filling = switch.filling, None
-        self.lanes.end_landing()
+        self.lanes.landing.end()
         self.lanes.emit(
             WaveRolledBack(
                 at_s=self.lanes.now(),
@@ -301,13 +310,15 @@ class Switcher:
         if not filling.is_closing:
             filling.advance(self._portion(self.fill_blocks))
             if filling.is_closing or filling.full_since is not None:
-                self.lanes.land(self.draining)
-        if filling.is_closing and self.courier.is_quiet and self.lanes.has_landed():
+                self.lanes.landing.begin(self.draining)
+        if not filling.is_closing or not self.courier.is_quiet:
+            return
+        if self.lanes.landing.aim(self.lanes.now()):
             self._cut_over(switch, filling)
 
     def _cut_over(self, switch: Switch, filling: Filling) -> None:
         wave, switch.filling = filling.wave, None
-        self.lanes.end_landing()
+        self.lanes.landing.end()
         filling.add_late(self.fill_blocks)
         self._open(switch)
         wave.cut_over()

@@ -230,9 +230,10 @@ class Core:
         ]
         landing = generation.landing
         for loop in sorted(loops, key=generation.turn_order()):
-            if loop.scheduler.has_work and load.free_for(loop):
-                if landing is None or landing.lets_send(loop, now):
-                    num_sent += self._step(loop)
+            if not loop.scheduler.has_work or not load.free_for(loop):
+                continue
+            if landing.lets_send(loop, now):
+                num_sent += self._step(loop)
         return num_sent > 0
 
     def _step(self, loop: LaneLoop) -> bool:

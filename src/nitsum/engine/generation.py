@@ -82,7 +82,7 @@ class Generation:
         self.loops: dict[Group, LaneLoop] = {}
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
-        self.landing: Landing | None = None
+        self.landing = Landing(self.loops, self.rank_load)
         self.setting = Setting(
             clock,
             self.kv,
@@ -266,9 +266,8 @@ class Generation:
         return [lane.group for lane in sorted(lanes, key=preference)]
 
     def _has_place(self, group: Group) -> bool:
-        num_coming = self.hand_overs.on_way_to(group)
-        running = self.loops[group].scheduler.num_running
-        return running + num_coming < self.config.max_num_seqs
+        num_there = self.loops[group].scheduler.num_running
+        return num_there + self.hand_overs.on_way_to(group) < self.config.max_num_seqs
 
     def hold(self, sequence: Sequence) -> None:
         assert sequence.group is not None
@@ -289,8 +288,7 @@ class Generation:
 
     @property
     def is_idle(self) -> bool:
-        has_work = (loop.scheduler.has_work for loop in self.loops.values())
-        return not self.in_flight and not any(has_work)
+        return not self.in_flight and not any(o.scheduler.has_work for o in self.loops.values())
 
     def now(self) -> float:
         return self.clock.now()
@@ -372,19 +370,6 @@ class Generation:
         self.admission.close_lane(group)
         self._meet_neighbours()
         return True
-
-    def land(self, groups: list[Group]) -> None:
-        if self.landing is None:
-            loops = [self.loops[group] for group in groups if group in self.loops]
-            self.landing = Landing(loops, self.rank_load)
-
-    def has_landed(self) -> bool:
-        return self.landing is None or self.landing.aim(self.now())
-
-    def end_landing(self) -> None:
-        if self.landing is not None:
-            self.landing.end()
-            self.landing = None
 
     def sequences_on(self, group: Group) -> list[Sequence]:
         loop = self.loops.get(group)

@@ -14,9 +14,11 @@ Meanwhile nobody new gets KV in these lanes: it would have to be left behind.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
 
 from nitsum.engine.lanes import LaneLoop, RankLoad
+from nitsum.plan import Group
 
 TOGETHER_S = 1e-3
 """Steps that end so close to each other end together."""
@@ -27,14 +29,22 @@ MAX_STEPS = 8
 
 
 class Landing:
-    """From the moment a wave has all it can have until it is cut over."""
+    """From the moment a wave has all it can have until it is cut over; else it does nothing."""
 
-    def __init__(self, loops: list[LaneLoop], load: RankLoad) -> None:
-        self._loops = loops
+    def __init__(self, lanes: dict[Group, LaneLoop], load: RankLoad) -> None:
+        """`lanes`: those of the generation, as they come and go."""
+        self._lanes = lanes
         self._load = load
+        self._loops: list[LaneLoop] = []
         self._num_sent = 0
         self._is_aiming = False
-        for loop in loops:
+
+    def begin(self, groups: Iterable[Group]) -> None:
+        """Nobody new gets KV in these lanes."""
+        if not self._loops:
+            self._loops = [self._lanes[group] for group in groups if group in self._lanes]
+            self._num_sent, self._is_aiming = 0, False
+        for loop in self._loops:
             loop.scheduler.is_closing = True
 
     def end(self) -> None:
@@ -42,6 +52,11 @@ class Landing:
         for loop in self._loops:
             loop.scheduler.is_closing = False
             loop.scheduler.end_by_s = inf
+        self._loops = []
+
+    @property
+    def is_under_way(self) -> bool:
+        return bool(self._loops)
 
     def aim(self, now: float) -> bool:
         """From now on steps are sent so that the last ones end together; True when they will."""

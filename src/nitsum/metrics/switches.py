@@ -3,6 +3,9 @@
 Added pause of a stream: its longest gap between two tokens from propose to commit + 100 ms, less
 the larger of its median gaps in the old and the new layout. A stream that moved is judged over its
 own wave, the others over all waves of the switch. A negative difference is no pause: 0.
+
+Gaps differ without a switch, too, so the same is taken of as long a time that ended when the switch
+was proposed: what of a pause is the load's, and not the switch's.
 """
 
 from __future__ import annotations
@@ -31,10 +34,20 @@ class StreamPause(NamedTuple):
     longest_gap_s: float
     median_gap_s: float
     """The larger of the two layouts'."""
+    longest_before_s: float | None
+    """The longest gap in as long a time right before; None if the stream or the layout was younger
+    than that."""
 
     @property
     def added_s(self) -> float:
         return max(0.0, self.longest_gap_s - self.median_gap_s)
+
+    @property
+    def before_s(self) -> float | None:
+        """What would have been the added pause if nothing had been switched."""
+        if self.longest_before_s is None:
+            return None
+        return max(0.0, self.longest_before_s - self.median_gap_s)
 
 
 class SwitchSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +137,17 @@ def _pause(op_id: str, record: RequestRecord, span: _Span, moved: bool) -> Strea
     if min(len(before), len(after)) < MIN_GAPS:
         return None
     typical_s = max(median(before), median(after))
-    return StreamPause(op_id, record.request_id, moved, max(during, default=0.0), typical_s)
+    longest_s = max(during, default=0.0)
+    return StreamPause(
+        op_id, record.request_id, moved, longest_s, typical_s, _longest_before(record, span)
+    )
+
+
+def _longest_before(record: RequestRecord, span: _Span) -> float | None:
+    start_s = 2 * span.proposed_s - span.settled_s
+    if start_s < max(span.old_s, record.token_times[0]):
+        return None
+    return max((b - a for a, b in _gaps(record) if b > start_s and b <= span.proposed_s), default=0)
 
 
 def _gaps(record: RequestRecord) -> Iterator[tuple[float, float]]:

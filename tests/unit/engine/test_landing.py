@@ -1,7 +1,7 @@
 """What streams feel of a switch, in virtual time: old lanes end together, nobody waits."""
 
 import json
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ NUM_STREAMS = 16
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Driver]:
+def driver(tmp_path: Path) -> Driver:
     """Two lanes of one rank with streams, and prompts enough that every step takes some on."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     shape = ModelShape.from_folder(tmp_path)
@@ -60,7 +60,7 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
     while driver.num_active < NUM_STREAMS + 8:
         submit(driver, f"b{number}", 1500 + 100 * number, 4)
         number += 1
-    yield driver
+    return driver
 
 
 def submit(driver: Driver, name: str, num_prompt: int, max_tokens: int) -> None:
@@ -109,17 +109,18 @@ def test_no_gap_at_a_switch_is_longer_than_those_without(driver: Driver):
                 submit(driver, f"{plan}-{driver.clock.now()}", 1500, 4)
             driver.turn()
     times = driver.answers["s0"].times_s
-    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+    gaps = sorted(b - a for a, b in pairwise(times))
     assert gaps[-1] <= gaps[9 * len(gaps) // 10] + 2e-3
 
 
 def test_nobody_new_gets_kv_in_a_lane_about_to_be_emptied(driver: Driver):
     """It would be left behind, and keep the old lane going beside the new one."""
     driver.switch("TP2")
-    while driver.core.generation.landing is None:
+    landing = driver.core.generation.landing
+    while not landing.is_under_way:
         driver.turn()
     driver.submit(Request("late", [1] * 600, SamplingParams(max_tokens=4), tier="priority"))
-    while driver.core.generation.landing is not None:
+    while landing.is_under_way:
         assert "late" not in driver.core.generation.kv.tables
         driver.turn()
     group = driver.core.sequences["late"].group

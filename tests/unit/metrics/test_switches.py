@@ -123,3 +123,17 @@ def test_how_much_steps_slow_during_precopy() -> None:
     assert precopy_slowdown(run.switches[0], run.steps) == pytest.approx(1.5)
     assert precopy_slowdown(run.switches[0], run.steps[:3]) is None
     assert run.steps[0].group == TP1
+
+
+def test_gaps_of_the_load_itself_are_told_apart() -> None:
+    """A gap as long before the switch, in as long a time, is none of the switch's."""
+    times = [0.05 * i for i in range(1, 190)]  # to 9.45 s
+    times += [9.65 + 0.05 * i for i in range(200)]  # a gap of 0.2 s before 9.8
+    waves = switch("s", PLANS, [(9.8, 10.0, ["a"])])
+    run = Recorder(in_order(life("a", 0.0, times), waves))
+    (pause,), _ = pauses(run.switches, run.requests.values())
+    assert pause.added_s == pytest.approx(0.0, abs=1e-9)
+    assert pause.before_s == pytest.approx(0.15)
+    young = Recorder(in_order(life("a", 0.0, times[189:]), waves))
+    (pause,), _ = pauses(young.switches, young.requests.values())
+    assert pause.before_s is None
