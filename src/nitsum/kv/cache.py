@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nitsum.kv.blocks import Block, Holder, Relocation, Table
-from nitsum.kv.compact import compact
+from nitsum.kv.compact import Compaction
 from nitsum.kv.evict import Eviction
 from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
@@ -61,6 +61,7 @@ class KvCache:
         """By rank and first unit of a page: the block that was placed there last. It may be gone,
         or moved, since: see `Eviction`."""
         self._eviction = Eviction(arena, self.pools, self.prefixes, self.owners)
+        self._compaction = Compaction(self)
         self._copies: list[Relocation | Save | Load] = []
         self.num_relocations = 0
 
@@ -357,7 +358,7 @@ class KvCache:
     def _compact(self, rank: int, order: int) -> int | None:
         if order == 0 or self.free_units(rank) < 1 << order:
             return None
-        made = compact(self, rank, order)
+        made = self._compaction.make_room(rank, order)
         if made is None:
             return None
         start, relocations = made

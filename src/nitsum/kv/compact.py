@@ -41,49 +41,91 @@ class _Region(NamedTuple):
 Users = dict[Block, list[tuple[Table, int]]]
 """Tables that hold a block, and where in them."""
 
-_BLOCKS_PER_REGION = 64
-"""A scan empties one region for this many blocks it looked at: the longer it takes, the fewer there
-are, and no scan gives up more than a small share of the cache."""
+REGIONS_LOOKED_AT = 1024
+"""One search looks at so many regions and takes the best of them; the next goes on behind it."""
+REGIONS_EMPTIED = 8
+"""As many at most are emptied by a search: the rest of them will be wanted soon."""
 
 
-def compact(cache: KvCache, rank: int, order: int) -> tuple[int, list[Relocation]] | None:
-    """Empty the regions of `2**order` units that need the fewest copies, and allocate one.
+class Compaction:
+    """Empties regions of the pools; remembers how far it has looked."""
 
-    Returns its first unit and the copies to send, or None when no region can be emptied.
-    """
-    blocks = cache.blocks()
-    users = _users(cache)
-    regions = _regions(cache, rank, order, blocks)
-    emptied: list[int] = []
-    relocations: list[Relocation] = []
-    for region in regions[: max(1, len(blocks) // _BLOCKS_PER_REGION)]:
-        copies = _empty(cache, rank, region, users)
-        if copies is not None:
-            emptied.append(region.start)
-            relocations.extend(copies)
-    for start in emptied[1:]:
-        cache.pools[rank].release(start, 1 << order)
-    return (emptied[0], relocations) if emptied else None
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+        self._next: dict[tuple[int, int], int] = {}
+        """By rank and order, the region the next search begins with."""
+
+    def make_room(self, rank: int, order: int) -> tuple[int, list[Relocation]] | None:
+        """Empty the regions of `2**order` units that need the fewest copies, and allocate one.
+
+        Returns its first unit and the copies to send, or None when no region can be emptied.
+        """
+        cache = self._cache
+        regions = self._regions(rank, order)
+        users = _users(cache, regions)
+        emptied: list[int] = []
+        relocations: list[Relocation] = []
+        for region in regions:
+            copies = _empty(cache, rank, region, users)
+            if copies is not None:
+                emptied.append(region.start)
+                relocations.extend(copies)
+        for start in emptied[1:]:
+            cache.pools[rank].release(start, 1 << order)
+        return (emptied[0], relocations) if emptied else None
+
+    def _regions(self, rank: int, order: int) -> list[_Region]:
+        """The best of some that can be emptied: the least in use, then the longest unused. Goes on
+        past those looked at while none is found."""
+        cache, num_regions = self._cache, self._cache.pools[rank].num_units >> order
+        first = self._next.get((rank, order), 0)
+        found: list[_Region] = []
+        for place in range(num_regions):
+            if found and place >= REGIONS_LOOKED_AT:
+                break
+            start = (first + place) % num_regions << order
+            region = _region_at(cache, rank, start, order)
+            if region is not None:
+                found.append(region)
+            self._next[rank, order] = (first + place + 1) % num_regions
+        found.sort(key=lambda region: _price(cache, region))
+        return found[:REGIONS_EMPTIED]
 
 
-def _users(cache: KvCache) -> Users:
+def _region_at(cache: KvCache, rank: int, start: int, order: int) -> _Region | None:
+    """The region with what lies in it; None unless that is smaller pages that may be moved."""
+    refs, owners = cache.pools[rank].refs, cache.owners[rank]
+    pages: list[_Page] = []
+    unit, end = start, start + (1 << order)
+    while unit < end:
+        if not refs[unit]:
+            unit += 1
+            continue
+        block = owners[unit]
+        if block is None or block.pins or not (block.refs or block.hash is not None):
+            return None
+        place, page_order = rank - block.group.leader, cache.arena.page_order(block.group)
+        if page_order >= order or block.pages[place] << page_order != unit:
+            return None  # as large as the region, or moved since
+        if max(refs[unit : unit + (1 << page_order)]) > 1:
+            return None
+        pages.append(_Page(block, place, unit, page_order))
+        unit += 1 << page_order
+    pages.sort(key=lambda page: (-page.order, page.start))
+    return _Region(start, order, pages)
+
+
+def _users(cache: KvCache, regions: list[_Region]) -> Users:
+    """Who holds the blocks of these regions."""
+    wanted = {page.block for region in regions for page in region.pages if page.block.refs}
     users: Users = defaultdict(list)
     for table in cache.tables.values():
+        if wanted.isdisjoint(table.blocks):
+            continue
         for index, block in enumerate(table.blocks):
-            users[block].append((table, index))
+            if block in wanted:
+                users[block].append((table, index))
     return users
-
-
-def _regions(cache: KvCache, rank: int, order: int, blocks: set[Block]) -> list[_Region]:
-    """Regions that can be emptied: first those with the least in use, then the longest unused."""
-    pool = cache.pools[rank]
-    regions = [
-        _Region(start, order, pages)
-        for start, pages in sorted(_pages_by_region(cache, rank, order, blocks).items())
-    ]
-    possible = [region for region in regions if _can_empty(pool, region)]
-    possible.sort(key=lambda region: _price(cache, region))
-    return possible
 
 
 def _price(cache: KvCache, region: _Region) -> tuple[int, int, int]:
@@ -92,23 +134,6 @@ def _price(cache: KvCache, region: _Region) -> tuple[int, int, int]:
     idle = [cache.prefixes.eviction_order(p.block) for p in region.pages if not p.block.refs]
     level, used = max(idle, default=(-1, 0))
     return in_use, level, used
-
-
-def _pages_by_region(
-    cache: KvCache, rank: int, order: int, blocks: set[Block]
-) -> dict[int, list[_Page]]:
-    """Pages smaller than the wanted region, by the region they lie in."""
-    found: dict[int, list[_Page]] = {}
-    for block in blocks:
-        page_order = cache.arena.page_order(block.group)
-        if rank in block.group.ranks and page_order < order:
-            place = rank - block.group.leader
-            start = block.pages[place] << page_order
-            page = _Page(block, place, start, page_order)
-            found.setdefault(start >> order << order, []).append(page)
-    for pages in found.values():
-        pages.sort(key=lambda page: (-page.order, page.start))
-    return found
 
 
 def _can_empty(pool: UnitPool, region: _Region) -> bool:
