@@ -23,7 +23,7 @@ from nitsum.config import EngineConfig
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.executor import Executor
-from nitsum.engine.process import arena_of, first_guess, wait_ms
+from nitsum.engine.process import arena_of, collect_rarely, first_guess, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
@@ -113,6 +113,7 @@ class Workers:
         if self._driver is not None:
             self._driver.settle()
         self._driver = Driver(config or self.config, self, sink, watcher)
+        collect_rarely()  # as the engine's process does
         return self._driver
 
     def wait(self, core: Core) -> None:

@@ -119,7 +119,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         )
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
-        _collect_rarely()
+        collect_rarely()
         try:
             loop(core, executor, link, parent, tally)
         finally:
@@ -128,7 +128,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         executor.close()
 
 
-def _collect_rarely() -> None:
+def collect_rarely() -> None:
     """Full collections take tens of milliseconds with a table of blocks for every request, in the
     middle of a turn, and find nothing: what requests leave behind is not cyclic."""
     gc.collect()

@@ -17,6 +17,12 @@ GRAPHED_TOKENS = 640
 """Times the degree: below, launching kernel by kernel (14 ms for 32 layers, once a step) is slower
 than the device (12.4 ms for 512 tokens of an 8B model on one H200, 29 ms for 1,155)."""
 
+LARGEST_GRAPH = 4096
+"""Tokens of the largest step that gets a graph: in longer ones launching is hidden anyway."""
+
+PADDING_TOKENS = 128
+"""Most that a step is padded by: beyond, products take longer than launching kernel by kernel."""
+
 FEW_SEQS = 8
 """Most steps with chunks have few sequences (an idle lane's prompts) or many (a busy lane's)."""
 
@@ -42,15 +48,17 @@ def decode_shapes(max_num_seqs: int) -> list[StepShape]:
 
 
 def chunk_shapes(max_num_seqs: int, max_batch_tokens: int, degree: int) -> list[StepShape]:
-    """All shapes with chunks that a lane has graphs for, the cheapest first."""
-    widths = chunk_widths(max_num_seqs)
+    """All shapes with chunks that a lane has graphs for, the cheapest first.
+
+    The largest step is one of them whatever its size: where prompts wait, most steps are full, and
+    while kernels are launched one by one a worker hears and says nothing.
+    """
     most = min(max_batch_tokens, GRAPHED_TOKENS * degree)
-    return [
-        StepShape(tokens, width, False, True)
-        for tokens in CHUNK_TOKENS
-        if tokens <= most
-        for width in widths
-    ]
+    sizes = [tokens for tokens in CHUNK_TOKENS if tokens <= most]
+    if max_batch_tokens <= LARGEST_GRAPH:
+        sizes.append(max_batch_tokens)
+    widths = chunk_widths(max_num_seqs)
+    return [StepShape(size, width, False, True) for size in sorted(set(sizes)) for width in widths]
 
 
 def chunk_widths(max_num_seqs: int) -> list[int]:
@@ -69,8 +77,11 @@ def shape_for(
     num_tokens = sum(part.num_tokens for part in work)
     decode = is_decode(work)
     for shape in shapes:
-        holds = shape.num_tokens >= num_tokens and shape.num_seqs >= len(work)
-        if holds and shape.is_decode == decode:
+        if shape.is_decode != decode or shape.num_seqs < len(work):
+            continue
+        if decode and shape.num_tokens >= num_tokens:
+            return shape
+        if 0 <= shape.num_tokens - num_tokens <= PADDING_TOKENS:
             return shape
     width = next(width for width in widths if width >= len(work))
     return StepShape(num_tokens, width, False, False)

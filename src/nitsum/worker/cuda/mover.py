@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from nitsum.kernels.gather import gather_units
-from nitsum.messages import Fault, Move
+from nitsum.messages import Fault, Move, Pull, RowPull
 from nitsum.worker.cuda.ordering import Precopies, runs_beside_steps, units_of_move
 from nitsum.worker.cuda.rows import RowPuller
 from nitsum.worker.cuda.signals import Signals
@@ -58,11 +58,22 @@ class CudaMover:
         self._bases = arenas.addresses()
         self._base_units = torch.tensor([units.shape[1] for units in unit_rows], device=device)
         self._rows = rows
-        self._signals = signals
+        self.signals = signals
         self._fault: Fault | None = fault
         self._num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         self._side = torch.cuda.Stream(device)
         self.precopies: Precopies[torch.cuda.Event] = Precopies()
+
+    def warm_up(self) -> None:
+        """Load all kernels of moves: the first switch must not wait for them. Arenas hold nothing
+        yet, and of a row one number is pulled."""
+        peers = [rank for rank in range(len(self._units)) if rank != self._rank]
+        pulls = [Pull(rank, [0], [0]) for rank in peers]
+        rows = [RowPull(rank, 0, 0, 1) for rank in range(len(self._units))]
+        after = [(rank, 0) for rank in peers]
+        for move in (Move(0, pulls, [], after), Move(0, pulls, rows, after)):
+            self.precopies.done(self.launch(move).end)
+        torch.cuda.synchronize()
 
     def launch(self, move: Move) -> Launched:
         """Put the move on its stream, which does all the waiting."""
@@ -82,12 +93,12 @@ class CudaMover:
 
     def _launch(self, move: Move, beside: bool) -> Launched:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._signals.wait(move.after)
+        self.signals.wait(move.after)
         start.record()
         move = with_fault(move, self._fault)
         num_bytes = self._pull_units(move, PRECOPY_PROGRAMS if beside else self._num_programs)
         num_bytes += self._rows.pull(move.rows)
-        late = to_host(self._signals.late)
+        late = to_host(self.signals.late)
         end.record()
         return Launched(start, end, num_bytes, beside, late)
 

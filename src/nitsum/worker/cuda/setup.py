@@ -103,7 +103,8 @@ def start(spec: WorkerSpec, shared: HostShared) -> tuple[CudaRunner, Ready]:
     torch.cuda.empty_cache()  # else the room it frees would count as the graphs'
     lanes = _lanes(parts, _arena(parts, arenas.own, units))
     clock.timed("capture", lambda: _capture(parts, lanes))
-    runner = _runner(parts, lanes, arenas, units, Progress(shared.progress))
+    mover = clock.timed("moves", lambda: _mover(parts, arenas, units))
+    runner = _runner(parts, lanes, mover, Progress(shared.progress))
     parts.memory.barrier()
     return runner, Ready(spec.rank, units, clock.phases, _memory_bytes(parts, clock))
 
@@ -295,20 +296,22 @@ def graph_shapes(spec: WorkerSpec, degree: int) -> list[StepShape]:
     return sorted([*decode_shapes(spec.max_num_seqs), *chunks])
 
 
-def _runner(
-    parts: Parts,
-    lanes: dict[Group, CudaLane],
-    arenas: Shared,
-    num_units: int,
-    progress: Progress,
-) -> CudaRunner:
-    spec, geometry = parts.spec, parts.geometry
+def _mover(parts: Parts, arenas: Shared, num_units: int) -> CudaMover:
+    spec = parts.spec
     signals = Signals(parts.words, spec.rank, spec.timeout_s)
     unit_rows = tuple(_arena(parts, peer, num_units).unit_rows() for peer in arenas.peers)
     mover = CudaMover(spec.rank, arenas, unit_rows, RowPuller(parts.rows), signals, spec.fault)
+    mover.warm_up()
+    return mover
+
+
+def _runner(
+    parts: Parts, lanes: dict[Group, CudaLane], mover: CudaMover, progress: Progress
+) -> CudaRunner:
+    spec, geometry = parts.spec, parts.geometry
     per_page = {group: geometry.units_per_page(group.degree) for group in lanes}
     return CudaRunner(
-        spec.rank, lanes, parts.state, parts.sampler, mover, signals, progress, per_page
+        spec.rank, lanes, parts.state, parts.sampler, mover, mover.signals, progress, per_page
     )
 
 

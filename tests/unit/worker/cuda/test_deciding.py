@@ -72,6 +72,14 @@ def test_decode_takes_the_smallest_graph_and_is_never_a_chunk():
     assert shape_for([Work(0, 0, 500, True)], shapes, [8, 256]) == StepShape(512, 8, False, True)
 
 
+@pytest.mark.parametrize("max_tokens", [1024, 1536, 1500, 2048])
+def test_full_steps_have_a_graph_and_steps_far_from_one_are_not_padded(max_tokens: int):
+    shapes = sorted([*decode_shapes(64), *chunk_shapes(64, max_tokens, 1)])
+    full = shape_for([Work(0, 0, max_tokens, True)], shapes, [8, 64])
+    assert full == StepShape(max_tokens, 8, False, True)
+    assert shape_for([Work(0, 0, 800, True)], shapes, [8, 64]) == StepShape(800, 8, False, False)
+
+
 # --- packing -------------------------------------------------------------------------------------
 
 
