@@ -336,6 +336,7 @@ class Generation:
         loop = self.loops.get(lane.group)
         if loop is None:
             self.loops[lane.group] = LaneLoop(lane, LaneScheduler(lane, self.setting))
+            self.loops[lane.group].scheduler.is_new = True
             self._meet_neighbours()
         else:
             loop.lane = loop.scheduler.lane = lane

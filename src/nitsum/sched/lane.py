@@ -57,6 +57,9 @@ class LaneScheduler:
         """A switch takes its requests away."""
         self.is_closing = False
         """It is about to take all of them at once: nobody new gets KV here."""
+        self.is_new = False
+        """A switch opened it, and no step was composed yet: first it steps those who came along, at
+        once. Room for others takes time to make."""
         self.end_by_s = inf
         """Prompts in the next step are to let it end by then."""
         self.decode_s = 0.0
@@ -207,7 +210,9 @@ class LaneScheduler:
         step = Composed(
             len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
         )
+        self.is_new = self.is_new and self.num_running > 0
         fill_slots(self, step)
+        self.is_new = False
         self.is_pressed = [False for _ in self.levels]
         self.is_stalled = [False for _ in self.levels]
         prefills = add_decodes(self, step)

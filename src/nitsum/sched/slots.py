@@ -115,7 +115,7 @@ def _give_kv(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed)
     if request_id in lane.kv.tables:
         step.resumed.append(Resumption(sequence, 0))
         return True
-    if lane.is_closing:
+    if lane.is_closing or lane.is_new:
         return False
     if request_id in lane.kv.parked:
         return _restore(lane, sequence, rank, step)

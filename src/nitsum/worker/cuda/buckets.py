@@ -10,18 +10,13 @@ from nitsum.messages import Work
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Padding costs little: decode reads weights, not rows, until a few hundred sequences."""
 
-CHUNK_TOKENS = (*range(64, 512, 64), *range(512, 2049, 128))
+CHUNK_TOKENS = (*range(64, 1024, 64), *range(1024, 2049, 128))
 """Close to each other, since products take as long as they have rows."""
 
-GRAPHED_TOKENS = 640
-"""Times the degree: below, launching kernel by kernel (14 ms for 32 layers, once a step) is slower
-than the device (12.4 ms for 512 tokens of an 8B model on one H200, 29 ms for 1,155)."""
-
-LARGEST_GRAPH = 4096
-"""Tokens of the largest step that gets a graph: in longer ones launching is hidden anyway."""
-
-PADDING_TOKENS = 128
-"""Most that a step is padded by: beyond, products take longer than launching kernel by kernel."""
+GRAPHED_TOKENS = 2048
+"""Largest step that gets a graph. Up to about 640 tokens times the degree, launching kernel by
+kernel (14 ms for 32 layers) is slower than the device. Beyond, a graph gains no time, but while a
+worker launches it hears and says nothing: answers were up to 20 ms late."""
 
 FEW_SEQS = 8
 """Most steps with chunks have few sequences (an idle lane's prompts) or many (a busy lane's)."""
@@ -47,15 +42,13 @@ def decode_shapes(max_num_seqs: int) -> list[StepShape]:
     return [StepShape(size, size, True, True) for size in decode_sizes(max_num_seqs)]
 
 
-def chunk_shapes(max_num_seqs: int, max_batch_tokens: int, degree: int) -> list[StepShape]:
+def chunk_shapes(max_num_seqs: int, max_batch_tokens: int) -> list[StepShape]:
     """All shapes with chunks that a lane has graphs for, the cheapest first.
 
-    The largest step is one of them whatever its size: where prompts wait, most steps are full, and
-    while kernels are launched one by one a worker hears and says nothing.
+    The largest step is one of them whatever its size: where prompts wait, most steps are full.
     """
-    most = min(max_batch_tokens, GRAPHED_TOKENS * degree)
-    sizes = [tokens for tokens in CHUNK_TOKENS if tokens <= most]
-    if max_batch_tokens <= LARGEST_GRAPH:
+    sizes = [tokens for tokens in CHUNK_TOKENS if tokens <= max_batch_tokens]
+    if max_batch_tokens <= GRAPHED_TOKENS:
         sizes.append(max_batch_tokens)
     widths = chunk_widths(max_num_seqs)
     return [StepShape(size, width, False, True) for size in sorted(set(sizes)) for width in widths]
@@ -79,9 +72,7 @@ def shape_for(
     for shape in shapes:
         if shape.is_decode != decode or shape.num_seqs < len(work):
             continue
-        if decode and shape.num_tokens >= num_tokens:
-            return shape
-        if 0 <= shape.num_tokens - num_tokens <= PADDING_TOKENS:
+        if shape.num_tokens >= num_tokens:
             return shape
     width = next(width for width in widths if width >= len(work))
     return StepShape(num_tokens, width, False, False)

@@ -236,7 +236,7 @@ def _num_units(parts: Parts, largest_step_bytes: int) -> int:
 def _graph_reserve(parts: Parts, largest_step_bytes: int) -> int:
     """Room for graphs: what the driver keeps of each, the logits each decode shape holds, and
     their pool, which is below what the largest step needs."""
-    shapes = [s for group in parts.comms for s in graph_shapes(parts.spec, group.degree)]
+    shapes = [s for group in parts.comms for s in graph_shapes(parts.spec)]
     decodes = sum(shape.num_seqs for shape in shapes if shape.is_decode)
     logits_bytes = 4 * decodes * parts.geometry.vocab_size
     return len(shapes) * GRAPH_BYTES + logits_bytes + largest_step_bytes
@@ -285,14 +285,14 @@ def _capture(parts: Parts, lanes: dict[Group, CudaLane]) -> None:
     """In the order of the spec, which is that of every rank."""
     stream, pool = torch.cuda.Stream(parts.device), torch.cuda.graph_pool_handle()
     for group, lane in lanes.items():
-        for shape in reversed(graph_shapes(parts.spec, group.degree)):
+        for shape in reversed(graph_shapes(parts.spec)):
             parts.memory.barrier(group)
             lane.capture(shape, stream, pool)
 
 
-def graph_shapes(spec: WorkerSpec, degree: int) -> list[StepShape]:
-    """What a lane of `degree` has graphs for, the smallest first."""
-    chunks = chunk_shapes(spec.max_num_seqs, spec.max_batch_tokens, degree)
+def graph_shapes(spec: WorkerSpec) -> list[StepShape]:
+    """What a lane has graphs for, the smallest first."""
+    chunks = chunk_shapes(spec.max_num_seqs, spec.max_batch_tokens)
     return sorted([*decode_shapes(spec.max_num_seqs), *chunks])
 
 

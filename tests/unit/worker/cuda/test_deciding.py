@@ -47,7 +47,7 @@ def decode_of(num_seqs: int) -> list[Work]:
 @given(st.integers(1, 64), st.integers(64, 4096), st.data())
 @settings(max_examples=60)
 def test_the_chosen_shape_holds_the_step(max_num_seqs: int, max_tokens: int, data: st.DataObject):
-    shapes = sorted([*decode_shapes(max_num_seqs), *chunk_shapes(max_num_seqs, max_tokens, 2)])
+    shapes = sorted([*decode_shapes(max_num_seqs), *chunk_shapes(max_num_seqs, max_tokens)])
     num_seqs = data.draw(st.integers(1, max_num_seqs))
     longest = max(1, max_tokens // num_seqs)
     counts = data.draw(st.lists(st.integers(1, longest), min_size=num_seqs, max_size=num_seqs))
@@ -63,7 +63,7 @@ def test_the_chosen_shape_holds_the_step(max_num_seqs: int, max_tokens: int, dat
 
 
 def test_decode_takes_the_smallest_graph_and_is_never_a_chunk():
-    shapes = sorted([*decode_shapes(256), *chunk_shapes(256, 8192, 1)])
+    shapes = sorted([*decode_shapes(256), *chunk_shapes(256, 8192)])
     assert shape_for(decode_of(1), shapes, [8, 256]) == StepShape(1, 1, True, True)
     assert shape_for(decode_of(33), shapes, [8, 256]) == StepShape(64, 64, True, True)
     assert shape_for([*decode_of(33), Work(40, 0, 200, False)], shapes, [8, 256]) == StepShape(
@@ -73,11 +73,16 @@ def test_decode_takes_the_smallest_graph_and_is_never_a_chunk():
 
 
 @pytest.mark.parametrize("max_tokens", [1024, 1536, 1500, 2048])
-def test_full_steps_have_a_graph_and_steps_far_from_one_are_not_padded(max_tokens: int):
-    shapes = sorted([*decode_shapes(64), *chunk_shapes(64, max_tokens, 1)])
+def test_full_steps_have_a_graph_of_their_size(max_tokens: int):
+    shapes = sorted([*decode_shapes(64), *chunk_shapes(64, max_tokens)])
     full = shape_for([Work(0, 0, max_tokens, True)], shapes, [8, 64])
     assert full == StepShape(max_tokens, 8, False, True)
-    assert shape_for([Work(0, 0, 800, True)], shapes, [8, 64]) == StepShape(800, 8, False, False)
+
+
+def test_only_steps_longer_than_all_graphs_have_none():
+    shapes = sorted([*decode_shapes(64), *chunk_shapes(64, 8192)])
+    assert shape_for([Work(0, 0, 800, True)], shapes, [8, 64]) == StepShape(832, 8, False, True)
+    assert shape_for([Work(0, 0, 2049, True)], shapes, [8, 64]) == StepShape(2049, 8, False, False)
 
 
 # --- packing -------------------------------------------------------------------------------------
