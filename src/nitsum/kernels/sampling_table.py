@@ -10,12 +10,18 @@ A line is packed on the host when a sequence joins, and uploaded with one copy:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from nitsum.errors import bad_request
+from nitsum.messages import Join
 from nitsum.request import SamplingParams
+
+Ints = npt.NDArray[np.int32]
 
 MAX_STOPS = 64
 MAX_BIASES = 512
@@ -24,6 +30,7 @@ BIASES_AT = STOPS_AT + MAX_STOPS
 VALUES_AT = BIASES_AT + MAX_BIASES
 LINE_INTS = VALUES_AT + MAX_BIASES
 NUM_KNOWN_AT = 9
+SEED_BITS = (1 << 64) - 1
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as on CPU ranks."""
@@ -54,23 +61,30 @@ def sampling_needs(sampling: SamplingParams) -> SamplingNeeds:
     )
 
 
-def sampling_line(sampling: SamplingParams, num_prompt: int, num_known: int) -> torch.Tensor:
-    """[LINE_INTS] int32 for a slot's line of the table, on the CPU.
+def sampling_lines(joins: Sequence[Join]) -> Ints:
+    """[joins, LINE_INTS] int32, the slots' lines of the table.
 
     Raises `ApiError` when there are more stop tokens or biases than a line has room for.
     """
-    s = sampling
-    _check_room(s)
-    line = torch.zeros(LINE_INTS, dtype=torch.int32)
+    lines = np.zeros((len(joins), LINE_INTS), dtype=np.int32)
+    for line, join in zip(lines, joins, strict=True):
+        _write_line(line, join)
+    return lines
+
+
+def _write_line(line: Ints, join: Join) -> None:
+    s = join.sampling
     floats = (s.temperature, s.top_p, s.min_p, s.presence_penalty, s.frequency_penalty)
     line[:6] = _bits([*floats, s.repetition_penalty])
-    counts = (len(s.stop_token_ids), len(s.logit_bias))
-    line[6:12] = torch.tensor([s.top_k, num_prompt, s.min_tokens, num_known, *counts])
-    line[12:14] = torch.tensor([_signed64(s.seed)]).view(torch.int32)
-    line[STOPS_AT : STOPS_AT + counts[0]] = torch.tensor(s.stop_token_ids, dtype=torch.int32)
-    line[BIASES_AT : BIASES_AT + counts[1]] = torch.tensor(list(s.logit_bias), dtype=torch.int32)
-    line[VALUES_AT : VALUES_AT + counts[1]] = _bits(list(s.logit_bias.values()))
-    return line
+    num_stops, num_biases = len(s.stop_token_ids), len(s.logit_bias)
+    counts = (num_stops, num_biases)
+    line[6:12] = (s.top_k, join.num_prompt, s.min_tokens, join.num_known, *counts)
+    line[12:14] = np.array([s.seed & SEED_BITS], dtype=np.uint64).view(np.int32)
+    if num_stops or num_biases:
+        _check_room(s)
+        line[STOPS_AT : STOPS_AT + num_stops] = s.stop_token_ids
+        line[BIASES_AT : BIASES_AT + num_biases] = list(s.logit_bias)
+        line[VALUES_AT : VALUES_AT + num_biases] = _bits(list(s.logit_bias.values()))
 
 
 def empty_table(num_slots: int, device: torch.device | str) -> torch.Tensor:
@@ -78,13 +92,8 @@ def empty_table(num_slots: int, device: torch.device | str) -> torch.Tensor:
     return torch.zeros(num_slots, LINE_INTS, dtype=torch.int32, device=device)
 
 
-def _bits(values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(torch.int32)
-
-
-def _signed64(seed: int) -> int:
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed
+def _bits(values: list[float]) -> Ints:
+    return np.array(values, dtype=np.float32).view(np.int32)
 
 
 def _check_room(sampling: SamplingParams) -> None:

@@ -10,6 +10,8 @@ from nitsum.sched.composed import Composed, Resumption
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
 
+MOST_BLOCKS = 256
+"""Blocks a step may give to prompts in any case: a few milliseconds where others must make way."""
 PROMOTED = -1
 """Rank of a request that waited as long as its tier allows: before every level."""
 
@@ -140,7 +142,7 @@ def _restore(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed)
 
 def _admit(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed) -> bool:
     """KV for a whole prompt; False while there is no room."""
-    if not step.num_free_slots:
+    if not step.num_free_slots or step.num_new_blocks >= _most_blocks(lane):
         return False
     if sequence.num_sampling:
         return False  # a token drawn before it gave up its KV is still on its way
@@ -156,11 +158,18 @@ def _admit(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed) -
         lane.kv.close(sequence.request_id)
         return False
     step.num_free_slots -= 1
+    step.num_new_blocks += len(lane.kv.tables[sequence.request_id].blocks)
     if not sequence.num_restarts:  # later hits are on its own earlier work
         sequence.num_cached = num_cached
     sequence.num_dispatched = sequence.num_computed = num_cached
     _note_admitted(lane, sequence, num_tokens - num_cached, step)
     return True
+
+
+def _most_blocks(lane: LaneScheduler) -> int:
+    """KV that a step may give to prompts, twice what it can fill: finding room takes time, and who
+    comes next gets it in the next step."""
+    return max(MOST_BLOCKS, 2 * lane.limits.max_batch_tokens // lane.kv.arena.block_tokens)
 
 
 def _note_admitted(lane: LaneScheduler, sequence: Sequence, num_new: int, step: Composed) -> None:

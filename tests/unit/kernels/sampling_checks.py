@@ -9,6 +9,7 @@ import torch
 from nitsum.kernels import draw as drawing
 from nitsum.kernels import sampling_table as tables
 from nitsum.kernels.shape_logits import shape_logits
+from nitsum.messages import Join
 from nitsum.request import SamplingParams
 from nitsum.worker import sampler
 from nitsum.worker.slots import Draw
@@ -17,6 +18,12 @@ from tests.unit.kernels.kit import DEVICE, randn
 
 def ints(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def line_of(request: SamplingParams, num_prompt: int = 0, num_known: int = 0) -> torch.Tensor:
+    """A slot's line of the sampling table."""
+    lines = tables.sampling_lines([Join(0, [], num_prompt, num_known, request)])
+    return torch.from_numpy(lines)[0].to(DEVICE)
 
 
 def check_sampling(
@@ -35,7 +42,7 @@ def check_sampling(
     logits = randn(m + 1, vocab, seed=seed + 1) * 4
     table = tables.empty_table(m, DEVICE)
     for slot, request in enumerate(requests):
-        table[slot] = tables.sampling_line(request, num_prompt, 0).to(DEVICE)
+        table[slot] = line_of(request, num_prompt)
     order = list(reversed(range(m)))
     slots, where = ints([*order, -1]), ints([*(positions[i] for i in order), 0])
     draws = [Draw(requests[i], rows[i, : positions[i]], num_prompt, None) for i in order]
@@ -87,7 +94,7 @@ def check_greedy(m: int, vocab: int, seed: int) -> None:
 def check_floor(logits: torch.Tensor, request: SamplingParams) -> None:
     """The floor that the searches find keeps what the CPU's filters keep."""
     m, vocab = logits.shape
-    table = tables.sampling_line(request, 0, 0).to(DEVICE).expand(m, -1).contiguous()
+    table = line_of(request).expand(m, -1).contiguous()
     buffers = drawing.draw_buffers(m, vocab, DEVICE)
     out = torch.zeros(m, dtype=torch.int32, device=DEVICE)
     slots = ints(range(m))

@@ -65,10 +65,10 @@ def test_logprobs() -> None:
 )
 def test_too_long_lists_are_refused(wanted: dict) -> None:
     with pytest.raises(ApiError, match="At most"):
-        tables.sampling_line(SamplingParams(**wanted), 0, 0)
+        checks.line_of(SamplingParams(**wanted))
 
 
 def test_the_table_knows_what_is_known() -> None:
     table = tables.empty_table(2, DEVICE)
-    table[1] = tables.sampling_line(SamplingParams(seed=-1), 5, 9).to(DEVICE)
+    table[1] = checks.line_of(SamplingParams(seed=-1), 5, 9)
     assert table[:, tables.NUM_KNOWN_AT].tolist() == [0, 9]

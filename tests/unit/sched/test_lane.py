@@ -221,6 +221,17 @@ def test_a_guaranteed_share_does_not_keep_a_prompt_from_room_nobody_else_wants()
     assert chunks[0] > 50
 
 
+def test_a_burst_of_long_prompts_gets_its_room_over_several_steps():
+    """Finding room for all in one turn would hold everybody up; nobody loses by it."""
+    machine = one_rank(num_blocks=4000, max_batch_tokens=64, max_num_seqs=16)
+    ids = [machine.submit([i] * 600, max_tokens=2) for i in range(8)]  # 151 blocks each
+    tables = machine.core.generation.kv.tables
+    machine.turn()
+    assert 0 < len(tables) < 8
+    machine.drain()
+    assert {machine.ended[name] for name in ids} == {"length"}
+
+
 def test_fcfs_takes_chunks_as_large_as_a_step():
     machine = one_rank(
         num_blocks=1200, max_batch_tokens=2048, cost=FixedCost(0.01, 1e-4), policy="fcfs"

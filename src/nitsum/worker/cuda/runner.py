@@ -125,8 +125,7 @@ class CudaRunner:
             torch.cuda.current_stream().wait_event(event)
 
     def _take_in(self, step: Step, lane: CudaLane, width: int) -> None:
-        for join in step.joins:
-            self._sampler.join(join)
+        self._sampler.join(step.joins)
         self._state.take_in(pack(step, lane.comm.member, width, self._state.max_pages))
 
     def _compute(self, lane: CudaLane, work: list[Work], shape: StepShape) -> Reports | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nitsum.kernels.draw import DrawBuffers, draw, draw_buffers, logprobs
@@ -16,14 +17,14 @@ from nitsum.kernels.prepare import record
 from nitsum.kernels.sampling_table import (
     SamplingNeeds,
     empty_table,
-    sampling_line,
+    sampling_lines,
     sampling_needs,
 )
 from nitsum.kernels.shape_logits import shape_logits
 from nitsum.messages import Join, TokenLogprobs, Work
 from nitsum.request import SamplingParams
 from nitsum.worker.cuda.comm import CudaComm
-from nitsum.worker.cuda.state import pinned, to_host
+from nitsum.worker.cuda.state import to_host, upload
 
 GREEDY = SamplingNeeds()
 RANDOM = SamplingNeeds(random=True)
@@ -84,12 +85,20 @@ class DeviceSampler:
         """What the last step drew."""
         self._asked: dict[int, Asked] = {}
 
-    def join(self, join: Join) -> None:
-        """On the current stream: the slot samples like this from now on."""
-        line = sampling_line(join.sampling, join.num_prompt, join.num_known)
-        self._table[join.slot].copy_(pinned(line), non_blocking=True)
-        self._num_known[join.slot].fill_(join.num_known)
-        self._asked[join.slot] = Asked(sampling_needs(join.sampling), join.sampling)
+    def join(self, joins: Sequence[Join]) -> None:
+        """On the current stream: these slots sample like this from now on. One upload, as a switch
+        brings a whole batch along."""
+        if not joins:
+            return
+        slots = [join.slot for join in joins]
+        heads = np.array([slots, [join.num_known for join in joins]], dtype=np.int32)
+        numbers = np.concatenate([heads.reshape(-1), sampling_lines(joins).reshape(-1)])
+        uploaded = upload(torch.from_numpy(numbers), self._table.device)
+        places, known = uploaded[: len(joins)].long(), uploaded[len(joins) : 2 * len(joins)]
+        self._table.index_copy_(0, places, uploaded[2 * len(joins) :].view(len(joins), -1))
+        self._num_known.index_copy_(0, places, known)
+        for join in joins:
+            self._asked[join.slot] = Asked(sampling_needs(join.sampling), join.sampling)
 
     def needs(self, work: Sequence[Work]) -> SamplingNeeds:
         """Of all draws together."""

@@ -39,7 +39,7 @@ from nitsum.worker.cuda.rows import RowPuller
 from nitsum.worker.cuda.runner import CudaRunner
 from nitsum.worker.cuda.sampling import CAPTURED, DeviceSampler
 from nitsum.worker.cuda.signals import Signals
-from nitsum.worker.cuda.state import DeviceState
+from nitsum.worker.cuda.state import DeviceState, warm_up_pinned
 from nitsum.worker.cuda.symmetric import Shared, SymmetricMemory, ranks_share_devices
 from nitsum.worker.weights import ResidentWeights, load_weights, open_source
 
@@ -186,8 +186,7 @@ def _mixed_step(parts: Parts, group: Group, lane: CudaLane, work: list[Work]) ->
     step = Step(0, 0, group, joins, [], work)
     shape = lane.shape_for(work)
     parts.state.take_in(pack(step, lane.comm.member, shape.num_seqs, parts.state.max_pages))
-    for join in joins:
-        parts.sampler.join(join)
+    parts.sampler.join(joins)
     logits, draws = lane.compute(shape, work)
     if not len(logits):
         return
@@ -302,6 +301,7 @@ def _mover(parts: Parts, arenas: Shared, num_units: int) -> CudaMover:
     unit_rows = tuple(_arena(parts, peer, num_units).unit_rows() for peer in arenas.peers)
     mover = CudaMover(spec.rank, arenas, unit_rows, RowPuller(parts.rows), signals, spec.fault)
     mover.warm_up()
+    warm_up_pinned()
     return mover
 
 

@@ -7,6 +7,8 @@ import torch
 from nitsum.worker.cuda.packing import NUM_WORK, Packed
 from nitsum.worker.cuda.symmetric import Shared
 
+PINNED_EACH = 16
+"""Buffers of one size in use at once: a few of each step and move under way."""
 CAPACITY = 1 << 16
 """Numbers of the upload buffer (at least); a step with longer prompts gets memory of its own."""
 
@@ -58,6 +60,14 @@ def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 def pinned(numbers: torch.Tensor) -> torch.Tensor:
     """A copy the device can read by itself, where there is a device."""
     return numbers.pin_memory() if torch.cuda.is_available() else numbers
+
+
+def warm_up_pinned() -> None:
+    """Pinned buffers of every size that steps need, kept by torch from then on: asking the driver
+    for one can wait until the device is idle."""
+    sizes = [1 << power for power in range(9, 21)]
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes * PINNED_EACH]
+    del held
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
