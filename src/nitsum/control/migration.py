@@ -152,10 +152,11 @@ class Wave:
         first = len(transfer.sources)
         blocks = self.lanes.kv.tables[move.sequence.request_id].blocks[first : first + count]
         # Moving pages out of the way holds everybody up; it is for when nothing else can be done.
-        if transfer.reserve(blocks, compacts=len(self.moves) == 1) < count:
+        num_found = transfer.reserve(blocks, compacts=len(self.moves) == 1)
+        if num_found < count and not transfer.is_searching:
             return None
         self._copy_final(move, num_final)
-        return count
+        return num_found
 
     def flush(self) -> None:
         """Send the pre-copies of this turn."""

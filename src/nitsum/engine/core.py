@@ -40,8 +40,8 @@ from nitsum.sched.alarms import Alarms
 from nitsum.sched.composed import Composed
 from nitsum.tier import TierSet
 
-PORTION_S = 2e-3
-"""From one portion of a switch to the next."""
+PORTION_S = 3e-3
+"""From one portion of a switch to the next: copies leave the steps beside them their bandwidth."""
 START_ATTEMPTS = 3
 """Tries to start a new generation of workers before the engine gives up and says so."""
 

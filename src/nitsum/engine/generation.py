@@ -335,13 +335,12 @@ class Generation:
         self.admission.open_lane(lane)
         loop = self.loops.get(lane.group)
         if loop is None:
-            self.loops[lane.group] = LaneLoop(lane, LaneScheduler(lane, self.setting))
-            self.loops[lane.group].scheduler.is_new = True
-            self._meet_neighbours()
+            loop = self.loops[lane.group] = LaneLoop(lane, LaneScheduler(lane, self.setting))
+            loop.scheduler.is_new = True
         else:
             loop.lane = loop.scheduler.lane = lane
             loop.draining = False
-            self._meet_neighbours()
+        self._meet_neighbours()
 
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack, and take turns while one drains."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nitsum.kv.blocks import Block, Holder, Relocation, Table
 from nitsum.kv.compact import Compaction
-from nitsum.kv.evict import Eviction
+from nitsum.kv.evict import FEW_LOOKED_AT, Eviction
 from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
 from nitsum.kv.units import UnitPool
@@ -197,17 +197,22 @@ class KvCache:
 
     def alloc_pages(self, rank: int, order: int, count: int, *, compacts: bool) -> list[int]:
         """Starts of `count` pages of `2**order` units: free, else evicted, else, if `compacts`,
-        made by moving, which takes long. Fewer, if there is no room for as many."""
+        made by moving, which takes long. Fewer, if there is no room for as many, or if the search
+        for it goes on with the next call: see `is_searching`."""
         pool = self.pools[rank]
         if pool.num_pages(order) < count:
-            self._eviction.make_room(rank, order, count)
+            self._eviction.make_room(rank, order, count, FEW_LOOKED_AT)
         starts = pool.alloc_many(order, min(count, pool.num_pages(order))) or []
-        while compacts and len(starts) < count:
+        while compacts and len(starts) < count and not self._eviction.goes_on(rank, order):
             start = self.alloc_units(rank, order)
             if start is None:
                 break
             starts.append(start)
         return starts
+
+    def is_searching(self, rank: int, order: int) -> bool:
+        """Whether the last search for such pages was cut short: there may be more."""
+        return self._eviction.goes_on(rank, order)
 
     def place(self, blocks: Sequence[Block]) -> None:
         """Remember where new blocks of one layout lie."""

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from nitsum.kv.cache import ArenaShape
 
 MOST_LOOKED_AT = 8192
-"""Cached blocks that one search for room looks at: a few milliseconds. The next one goes on where
-it ended."""
+"""Cached blocks that one search for room looks at. The next one goes on where it ended."""
+FEW_LOOKED_AT = 1024
+"""The same for whoever can go on in a later turn."""
 
 
 class Eviction:
@@ -43,6 +44,8 @@ class Eviction:
         self._num_useless: dict[tuple[int, int], int] = {}
         """By rank and order: blocks at the head of the eviction order around which no page of that
         size comes free, by the last search."""
+        self._goes_on: dict[tuple[int, int], bool] = {}
+        """By rank and order: whether the last search was cut short."""
 
     # -- blocks --
 
@@ -75,11 +78,11 @@ class Eviction:
 
     # -- room --
 
-    def make_room(self, rank: int, order: int, count: int) -> None:
+    def make_room(self, rank: int, order: int, count: int, most: int = MOST_LOOKED_AT) -> None:
         """Evict until `count` pages of `2**order` units are free, the least valuable first.
 
         A block whose page is smaller goes only if the page around it comes free, together with
-        what else lies idle there. Looks at a bounded number of blocks.
+        what else lies idle there. Looks at `most` blocks; see `goes_on`.
         """
         page_units = {group: self.arena.page_units(group) for group in self.prefixes.num_idle}
         lacking = count - self.pools[rank].num_pages(order)
@@ -87,9 +90,11 @@ class Eviction:
         blocks = islice(self.prefixes.in_eviction_order(rank), num_useless, None)
         chosen: dict[Block, None] = {}
         refs, owners = self.pools[rank].refs, self.owners[rank]
-        for block in islice(blocks, MOST_LOOKED_AT):
+        num_looked_at = 0
+        for block in islice(blocks, most):
             if lacking <= 0:
                 break
+            num_looked_at += 1
             if block in chosen:
                 continue
             start = block.pages[rank - block.group.leader] * page_units[block.group]
@@ -102,9 +107,15 @@ class Eviction:
             else:
                 chosen.update(dict.fromkeys(around))
                 lacking -= max(1, 1 << self.arena.page_order(block.group) >> order)
-        self._num_useless[rank, order] = 0 if lacking > 0 else num_useless
+        has_seen_all = lacking > 0 and num_looked_at < most
+        self._num_useless[rank, order] = 0 if has_seen_all else num_useless
+        self._goes_on[rank, order] = lacking > 0 and not has_seen_all
         for block in chosen:
             self.evict(block)
+
+    def goes_on(self, rank: int, order: int) -> bool:
+        """The last search for such pages ended before it had found enough or seen everything."""
+        return self._goes_on.get((rank, order), False)
 
     def look_anew(self) -> None:
         """Blocks passed over may be of use now: searches begin with the least valuable again."""

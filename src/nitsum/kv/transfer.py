@@ -49,6 +49,8 @@ class Transfer:
         """Leading blocks whose copies were asked for."""
         self.num_settled = 0
         """Leading blocks whose copies have been sent."""
+        self.is_searching = False
+        """The last `reserve` found less than was asked for, and may find more in a later turn."""
         self.num_in_place = 0
         """Units that stayed where they were."""
         self._num_registered = 0
@@ -73,7 +75,7 @@ class Transfer:
         A block that the destination layout has already is used as it is. With `compacts`, pages
         that are in the way are moved, which takes far longer than all else.
         """
-        cache = self.cache
+        cache, self.is_searching = self.cache, False
         for block in sources:  # before anything is allocated, which may evict or move
             cache.retain(block)
             block.pins += 1
@@ -137,10 +139,10 @@ class Transfer:
             self.cache.pools[part.rank].retain_pages(starts, part.dst_units)
             return starts
         if part.grows_at is None:
-            return self.cache.alloc_pages(part.rank, order, len(sources), compacts=compacts)
+            return self._fresh(part.rank, order, len(sources), compacts=compacts)
         grown = [self._widen(part, block, part.grows_at) for block in sources]
         lacking = grown.count(None)
-        fresh = iter(self.cache.alloc_pages(part.rank, order, lacking, compacts=compacts))
+        fresh = iter(self._fresh(part.rank, order, lacking, compacts=compacts))
         starts: list[int] = []
         for start in grown:
             found = next(fresh, None) if start is None else start
@@ -150,6 +152,12 @@ class Transfer:
         for start in grown[len(starts) :]:
             if start is not None:
                 self.cache.pools[part.rank].release(start, part.dst_units)
+        return starts
+
+    def _fresh(self, rank: int, order: int, count: int, *, compacts: bool) -> list[int]:
+        starts = self.cache.alloc_pages(rank, order, count, compacts=compacts)
+        if len(starts) < count:
+            self.is_searching = self.is_searching or self.cache.is_searching(rank, order)
         return starts
 
     def _widen(self, part: _Part, block: Block, offset: int) -> int | None:

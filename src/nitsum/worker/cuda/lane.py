@@ -191,7 +191,10 @@ class CudaLane:
 def _capture(
     call: Callable[[], Any], stream: torch.cuda.Stream, pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run once, so that all is compiled and sized, then capture; returns what `call` made."""
+    """Run once, so that all is compiled and sized, then capture; returns what `call` made.
+
+    The first replay brings the graph to the device, which took 20 ms: it must not be a request's.
+    """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
@@ -199,6 +202,8 @@ def _capture(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = call()
+    graph.replay()
+    torch.cuda.synchronize()
     return graph, result
 
 
