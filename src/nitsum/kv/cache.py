@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nitsum.kv.blocks import Block, Holder, Relocation, Table
 from nitsum.kv.compact import Compaction
-from nitsum.kv.evict import FEW_LOOKED_AT, Eviction
+from nitsum.kv.evict import FEW_REGIONS, Eviction
 from nitsum.kv.host import HostMemory, Load, ParkedTable, Save
 from nitsum.kv.prefix import PrefixIndex
 from nitsum.kv.units import UnitPool
@@ -201,7 +201,7 @@ class KvCache:
         for it goes on with the next call: see `is_searching`."""
         pool = self.pools[rank]
         if pool.num_pages(order) < count:
-            self._eviction.make_room(rank, order, count, FEW_LOOKED_AT)
+            self._eviction.make_room(rank, order, count, FEW_REGIONS)
         starts = pool.alloc_many(order, min(count, pool.num_pages(order))) or []
         while compacts and len(starts) < count and not self._eviction.goes_on(rank, order):
             start = self.alloc_units(rank, order)

@@ -6,9 +6,8 @@ use: what lies around it must be free or idle as well, and goes with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from nitsum.kv.blocks import Block
 from nitsum.kv.prefix import PrefixIndex
@@ -18,10 +17,23 @@ from nitsum.plan import Group
 if TYPE_CHECKING:
     from nitsum.kv.cache import ArenaShape
 
-MOST_LOOKED_AT = 8192
-"""Cached blocks that one search for room looks at. The next one goes on where it ended."""
-FEW_LOOKED_AT = 1024
+MOST_REGIONS = 8192
+"""Places for a page that one search looks at. The next one goes on where it ended."""
+FEW_REGIONS = 1024
 """The same for whoever can go on in a later turn."""
+LOOKS_PER_PAGE = 16
+"""Places looked at for each page that is wanted where large pages would do as well."""
+SAMPLED = 2
+"""Candidates for each page that is wanted, of which the least valuable goes."""
+
+
+class _Candidate(NamedTuple):
+    """Idle blocks that give room if all of them go."""
+
+    price: tuple[int, int]
+    """When the last of them would be evicted: see `PrefixIndex.eviction_order`."""
+    blocks: list[Block]
+    num_pages: int
 
 
 class Eviction:
@@ -41,11 +53,10 @@ class Eviction:
         self.prefixes = prefixes
         self.owners = owners
         self._evicted: dict[Group, int] = {}
-        self._num_useless: dict[tuple[int, int], int] = {}
-        """By rank and order: blocks at the head of the eviction order around which no page of that
-        size comes free, by the last search."""
-        self._goes_on: dict[tuple[int, int], bool] = {}
-        """By rank and order: whether the last search was cut short."""
+        self._next_place: dict[tuple[int, int], int] = {}
+        """By rank and order: where the next search for such pages begins."""
+        self._looked_at: dict[tuple[int, int], int] = {}
+        """By rank and order: places seen since there were enough such pages."""
 
     # -- blocks --
 
@@ -78,48 +89,82 @@ class Eviction:
 
     # -- room --
 
-    def make_room(self, rank: int, order: int, count: int, most: int = MOST_LOOKED_AT) -> None:
+    def make_room(self, rank: int, order: int, count: int, most: int = MOST_REGIONS) -> None:
         """Evict until `count` pages of `2**order` units are free, the least valuable first.
 
-        A block whose page is smaller goes only if the page around it comes free, together with
-        what else lies idle there. Looks at `most` blocks; see `goes_on`.
+        Blocks with pages as large or larger go by the order of eviction. Smaller ones are of use
+        only where all of a page comes free: of those, the least valuable of a sample goes, found by
+        a look at up to `most` places.
         """
-        page_units = {group: self.arena.page_units(group) for group in self.prefixes.num_idle}
         lacking = count - self.pools[rank].num_pages(order)
-        num_useless = self._num_useless.get((rank, order), 0)
-        blocks = islice(self.prefixes.in_eviction_order(rank), num_useless, None)
-        chosen: dict[Block, None] = {}
-        refs, owners = self.pools[rank].refs, self.owners[rank]
-        num_looked_at = 0
-        for block in islice(blocks, most):
+        if lacking <= 0:
+            self._looked_at.pop((rank, order), None)
+            return
+        found = list(self._large(rank, order, lacking))
+        if sum(candidate.num_pages for candidate in found) >= lacking:
+            most = min(most, LOOKS_PER_PAGE * lacking)
+        found.extend(self._small(rank, order, lacking, most))
+        found.sort(key=lambda candidate: candidate.price)
+        for candidate in found:
             if lacking <= 0:
                 break
-            num_looked_at += 1
-            if block in chosen:
-                continue
-            start = block.pages[rank - block.group.leader] * page_units[block.group]
-            if _is_hopeless(refs, owners, start >> order << order, 1 << order):
-                num_useless += 1
-                continue
-            around = self._idle_around(rank, block, order)
-            if around is None:
-                num_useless += 1
-            else:
-                chosen.update(dict.fromkeys(around))
-                lacking -= max(1, 1 << self.arena.page_order(block.group) >> order)
-        has_seen_all = lacking > 0 and num_looked_at < most
-        self._num_useless[rank, order] = 0 if has_seen_all else num_useless
-        self._goes_on[rank, order] = lacking > 0 and not has_seen_all
-        for block in chosen:
-            self.evict(block)
+            for block in candidate.blocks:
+                self.evict(block)
+            lacking -= candidate.num_pages
+        if lacking <= 0:
+            self._looked_at.pop((rank, order), None)
 
     def goes_on(self, rank: int, order: int) -> bool:
-        """The last search for such pages ended before it had found enough or seen everything."""
-        return self._goes_on.get((rank, order), False)
+        """The last search for such pages has not found enough, and has not seen every place."""
+        num_places = self.pools[rank].num_units >> order
+        return 0 < self._looked_at.get((rank, order), 0) < num_places
 
     def look_anew(self) -> None:
-        """Blocks passed over may be of use now: searches begin with the least valuable again."""
-        self._num_useless.clear()
+        """Places passed over may be of use now."""
+        self._looked_at.clear()
+
+    def _idle_on(self, rank: int) -> list[Group]:
+        """Layouts of idle blocks that have pages on the rank."""
+        idle = self.prefixes.num_idle
+        return [group for group, count in idle.items() if count and rank in group.ranks]
+
+    def _large(self, rank: int, order: int, count: int) -> Iterator[_Candidate]:
+        """Blocks with pages of at least `2**order` units, for up to `count` such pages."""
+        refs = self.pools[rank].refs
+        groups = [group for group in self._idle_on(rank) if self.arena.page_order(group) >= order]
+        for block in self.prefixes.in_eviction_order(groups):
+            if count <= 0:
+                return
+            block_order = self.arena.page_order(block.group)
+            start = block.pages[rank - block.group.leader] << block_order
+            if max(refs[start : start + (1 << block_order)]) == 1:
+                num_pages = 1 << block_order >> order
+                yield _Candidate(self.prefixes.eviction_order(block), [block], num_pages)
+                count -= num_pages
+
+    def _small(self, rank: int, order: int, count: int, most: int) -> Iterator[_Candidate]:
+        """Places for a page where only smaller pages of idle blocks lie, or nothing."""
+        if all(self.arena.page_order(group) >= order for group in self._idle_on(rank)):
+            return
+        refs, owners, width = self.pools[rank].refs, self.owners[rank], 1 << order
+        num_places = len(refs) >> order
+        place = self._next_place.get((rank, order), 0)
+        num_found = num_looked_at = 0
+        while num_looked_at < min(most, num_places):
+            num_looked_at += 1
+            first = place << order
+            place = (place + 1) % num_places
+            if _is_hopeless(refs, owners, first, width):
+                continue
+            blocks = self._idle_in(rank, first, first + width)
+            if blocks and self.arena.page_order(blocks[0].group) < order:
+                price = max(map(self.prefixes.eviction_order, blocks))
+                yield _Candidate(price, blocks, 1)
+                num_found += 1
+            if num_found >= (count if num_looked_at >= FEW_REGIONS else SAMPLED * count):
+                break
+        self._next_place[rank, order] = place
+        self._looked_at[rank, order] = self._looked_at.get((rank, order), 0) + num_looked_at
 
     def free_around(self, rank: int, first: int, last: int) -> bool:
         """Make units `first..last` free by evicting what is idle there; False, and nothing changed,
@@ -130,15 +175,6 @@ class Eviction:
         for block in blocks:
             self.evict(block)
         return True
-
-    def _idle_around(self, rank: int, block: Block, order: int) -> list[Block] | None:
-        """What to evict, `block` included, so that a page of `2**order` units is free there."""
-        block_order = self.arena.page_order(block.group)
-        start = block.pages[rank - block.group.leader] << block_order
-        if block_order >= order and self.pools[rank].refs[start] == 1:
-            return [block]
-        first = start >> order << order
-        return self._idle_in(rank, first, first + (1 << max(order, block_order)))
 
     def _idle_in(self, rank: int, first: int, last: int) -> list[Block] | None:
         """The unreferenced blocks in a range of units; None if anything else is in it."""

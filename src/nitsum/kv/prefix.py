@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, islice
 
@@ -141,12 +141,12 @@ class PrefixIndex:
                         best, best_key = block, (-level, used)
         return best
 
-    def in_eviction_order(self, rank: int) -> Iterator[Block]:
-        """Unreferenced blocks with a page on `rank`, the next to go first. Not to be used after
-        any of them was evicted or used."""
+    def in_eviction_order(self, groups: Collection[Group]) -> Iterator[Block]:
+        """Unreferenced blocks of these layouts, the next to go first. Not to be used after any of
+        them was evicted or used."""
         levels: dict[int, list[OrderedDict[Block, int]]] = {}
         for group, idle in self._idle.items():
-            if rank in group.ranks:
+            if group in groups:
                 for level, blocks in idle.items():
                     levels.setdefault(level, []).append(blocks)
         for level in sorted(levels, reverse=True):
