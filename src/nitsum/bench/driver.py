@@ -23,10 +23,11 @@ from nitsum.config import EngineConfig
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.executor import Executor
-from nitsum.engine.process import arena_of, collect_rarely, first_guess, wait_ms
+from nitsum.engine.process import arena_of, first_guess, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
+from nitsum.garbage import collect_rarely
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Output, Ready, SwitchReport
 from nitsum.request import FinishReason, Request

@@ -83,6 +83,7 @@ class _Run:
         self._options = options
         self._on_stage = on_stage
         self._recorder = Recorder()
+        self._executor = workers.executor
         self._driver: Driver = workers.driver(sink=self._recorder)
         self._vocab = range(workers.shape.vocab_size)
         self._random = Random(options.seed)
@@ -114,7 +115,7 @@ class _Run:
 
     def _listen(self) -> None:
         """Keep what steps say of their devices, which the engine has no use for."""
-        poll = self._driver.executor.poll
+        poll = self._executor.poll
 
         def listening(timeout_s: float) -> list[FromWorker]:
             replies = poll(timeout_s)
@@ -123,7 +124,7 @@ class _Run:
                     self._idle_s[reply.step_id] = reply.idle_s
             return replies
 
-        self._driver.executor.poll = listening
+        self._executor.poll = listening
 
     def _submit(self, tier: str) -> list[str]:
         sampling = SamplingParams(max_tokens=NUM_ALONE + 3 * self._options.num_turns, temperature=0)

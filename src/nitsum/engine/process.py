@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +27,7 @@ from nitsum.engine.steering import checked_table, controller_of, decisions_of
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
 from nitsum.events import FileSink, NullSink
+from nitsum.garbage import collect_rarely
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import (
     Abort,
@@ -126,14 +126,6 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
             link.close()
     finally:
         executor.close()
-
-
-def collect_rarely() -> None:
-    """Full collections take tens of milliseconds with a table of blocks for every request, in the
-    middle of a turn, and find nothing: what requests leave behind is not cyclic."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
 
 def _tell(parent: Connection, message: EngineStart) -> None:

@@ -7,7 +7,6 @@ It dies with its parent, and tells the engine why when it dies of anything else.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ import torch
 import zmq
 
 from nitsum.errors import NitsumError
+from nitsum.garbage import collect_rarely
 from nitsum.messages import (
     Failed,
     FromWorker,
@@ -100,8 +100,7 @@ class EngineLink:
 
 def _work(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
     runner, ready = _start(spec, shared)
-    # A collection that walks every module and weight would stall the lane; they never die anyway.
-    gc.freeze()
+    collect_rarely()
     link.send(ready)
     while not isinstance(message := to_worker_decoder.decode(link.receive()), Shutdown):
         done = runner.obey(message)
@@ -117,7 +116,7 @@ def _work_on_gpu(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
     from nitsum.worker.cuda.setup import start
 
     runner, ready = start(spec, shared)
-    gc.freeze()
+    collect_rarely()
     link.send(ready)
     obey_until_shutdown(runner, link)
 

@@ -54,6 +54,17 @@ def chunk_shapes(max_num_seqs: int, max_batch_tokens: int) -> list[StepShape]:
     return [StepShape(size, width, False, True) for size in sorted(set(sizes)) for width in widths]
 
 
+def padded_draws(num_draws: int, max_draws: int) -> int:
+    """Rows that logits are computed for: one of `DECODE_SIZES`, or 0.
+
+    Libraries choose and load code by the number of rows; loading waits until the device is idle.
+    """
+    if not num_draws:
+        return 0
+    size = next((size for size in DECODE_SIZES if size >= num_draws), max_draws)
+    return min(size, max_draws)
+
+
 def chunk_widths(max_num_seqs: int) -> list[int]:
     """Numbers of sequences that steps with chunks are padded to.
 

@@ -25,7 +25,7 @@ from nitsum.model.decoder import compute_logits, hidden_states
 from nitsum.model.interface import KvPages, StepInput
 from nitsum.model.views import ModelWeights
 from nitsum.shape import Geometry
-from nitsum.worker.cuda.buckets import StepShape, chunk_widths, shape_for
+from nitsum.worker.cuda.buckets import StepShape, chunk_widths, padded_draws, shape_for
 from nitsum.worker.cuda.comm import CudaComm
 from nitsum.worker.cuda.sampling import CAPTURED, DeviceSampler, Draws
 from nitsum.worker.cuda.state import DeviceState
@@ -155,8 +155,10 @@ class CudaLane:
         return hidden_states(self._geometry, self._weights, self.comm, self.pages, step, backend)
 
     def _logits(self, hidden: torch.Tensor, tensors: StepTensors, num_draws: int) -> torch.Tensor:
-        rows = hidden[tensors.sample_rows[:num_draws]]
-        return compute_logits(self._geometry, self._weights, self.comm, rows)
+        """[num_draws, V], computed for a few more rows than that: see `padded_draws`."""
+        size = padded_draws(num_draws, len(tensors.sample_rows))
+        rows = hidden[tensors.sample_rows[:size]]
+        return compute_logits(self._geometry, self._weights, self.comm, rows)[:num_draws]
 
     # -- capture --
 

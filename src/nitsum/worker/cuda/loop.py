@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Protocol
 
+import torch
+
 from nitsum.messages import FromWorker, Shutdown, to_worker_decoder
 from nitsum.worker.cuda.runner import CudaRunner
 
@@ -27,6 +29,7 @@ class Link(Protocol):
     def send(self, reply: FromWorker) -> None: ...
 
 
+@torch.inference_mode()
 def obey_until_shutdown(runner: CudaRunner, link: Link) -> None:
     """Sleeps only when there is nothing under way, or nothing new to see."""
     _sharpen_timers()
@@ -36,13 +39,19 @@ def obey_until_shutdown(runner: CudaRunner, link: Link) -> None:
             message = to_worker_decoder.decode(raw)
             if isinstance(message, Shutdown):
                 return
-            runner.obey(message)
-        num_sent = 0
-        for reply in runner.finished():
-            link.send(reply)
-            num_sent += 1
-        if raw is None and not num_sent:
+            for _ in runner.obey(message):
+                _report(runner, link)
+        if not _report(runner, link) and raw is None:
             time.sleep(POLL_S)
+
+
+def _report(runner: CudaRunner, link: Link) -> int:
+    """Send what is done by now; how many replies that were."""
+    num_sent = 0
+    for reply in runner.finished():
+        link.send(reply)
+        num_sent += 1
+    return num_sent
 
 
 def _sharpen_timers() -> None:

@@ -84,12 +84,12 @@ class CudaRunner:
         """Nothing is under way."""
         return not self._steps and not self._beside
 
-    @torch.inference_mode()
-    def obey(self, message: Step | Move) -> None:
-        """Launch a message, and count it on the main stream."""
+    def obey(self, message: Step | Move) -> Iterator[None]:
+        """Launch a message, and count it on the main stream. Pauses between parts that take the
+        host long, so that what has ended meanwhile is reported."""
         self._num_obeyed += 1
         if isinstance(message, Step):
-            self._steps.append(self._step(message))
+            yield from self._step(message)
         else:
             self._move(message)
         self._signals.write(self._num_obeyed)
@@ -105,18 +105,22 @@ class CudaRunner:
 
     # -- steps --
 
-    def _step(self, step: Step) -> StepUnderWay:
+    def _step(self, step: Step) -> Iterator[None]:
         lane = self._lanes[step.group]
         self._wait_for_precopies(step, lane)
         start = _record_event()
         shape = lane.shape_for(step.work)
+        yield
         self._take_in(step, lane, shape.num_seqs)
+        yield
         reports = self._compute(lane, step.work, shape)
         num_draws = sum(part.samples for part in step.work)
         leads = lane.comm.is_leader
         tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
         before, self._last_end = self._last_end, _record_event()
-        return StepUnderWay(step.step_id, before, start, self._last_end, tokens, reports)
+        self._steps.append(
+            StepUnderWay(step.step_id, before, start, self._last_end, tokens, reports)
+        )
 
     def _wait_for_precopies(self, step: Step, lane: CudaLane) -> None:
         per_page = self._units_per_page[step.group]

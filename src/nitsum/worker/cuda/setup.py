@@ -29,7 +29,7 @@ from nitsum.shared import DTYPE_BYTES, Progress, row_tokens
 from nitsum.shared import Shared as HostShared
 from nitsum.worker.arena import Arena, Pages
 from nitsum.worker.cuda.attention import AttentionMaker
-from nitsum.worker.cuda.buckets import StepShape, chunk_shapes, decode_shapes
+from nitsum.worker.cuda.buckets import StepShape, chunk_shapes, decode_shapes, decode_sizes
 from nitsum.worker.cuda.comm import CommSizes, CudaComm
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
@@ -203,10 +203,11 @@ def warm_up_works(spec: WorkerSpec) -> list[list[Work]]:
     padded number of sequences, and our kernels for few tokens and for many."""
     tokens = (spec.max_batch_tokens, spec.max_batch_tokens - 1, 272, 257, 48, 33)
     num_seqs = (spec.max_num_seqs, 16, 3, 1)
+    sizes = [(n, s) for s in num_seqs for n in tokens]
+    sizes += [(2 * s, s) for s in decode_sizes(spec.max_num_seqs)]  # as many draws
     return [
         spread_work(min(n, spec.max_batch_tokens), min(s, spec.max_num_seqs), spec.max_model_len)
-        for s in num_seqs
-        for n in tokens
+        for n, s in sizes
     ]
 
 

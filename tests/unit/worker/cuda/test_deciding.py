@@ -13,11 +13,13 @@ from nitsum.plan import Group
 from nitsum.request import SamplingParams
 from nitsum.shape import Geometry, ModelShape
 from nitsum.worker.cuda.buckets import (
+    DECODE_SIZES,
     StepShape,
     chunk_shapes,
     chunk_widths,
     decode_shapes,
     decode_sizes,
+    padded_draws,
     shape_for,
 )
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
@@ -161,3 +163,12 @@ def test_only_pulls_from_peers_without_rows_run_beside_steps():
     assert not runs_beside_steps(Move(1, [local]), 0)
     assert not runs_beside_steps(Move(1, [remote], [RowPull(1, 0, 1, 9)]), 0)
     assert list(units_of_move(Move(1, [local, remote]), 0)) == [2, 1, 6]
+
+
+@given(st.integers(0, 512), st.integers(1, 512))
+def test_logits_are_computed_for_one_of_a_few_numbers_of_rows(num_draws: int, max_draws: int):
+    num_draws = min(num_draws, max_draws)
+    size = padded_draws(num_draws, max_draws)
+    assert num_draws <= size <= max_draws
+    assert size in {0, max_draws, *DECODE_SIZES}
+    assert (size == 0) == (num_draws == 0)

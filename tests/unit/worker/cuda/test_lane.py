@@ -78,8 +78,7 @@ class Rank:
 
     def step(self, work: list[Work], joins: list[Join], pages: list[Pages]) -> torch.Tensor:
         """Logits of the step, whose tokens are in the rows afterwards."""
-        for join in joins:
-            self.sampler.join(join)
+        self.sampler.join(joins)
         shape = self.lane.shape_for(work)
         message = Step(1, 1, ALONE, joins, pages, work)
         self.state.take_in(pack(message, 0, shape.num_seqs, self.state.max_pages))
@@ -127,10 +126,10 @@ def test_a_batch_draws_by_the_most_demanding_graph_it_needs():
     ]
     sampler = DeviceSampler(torch.zeros(8, 8, dtype=torch.int32, device=DEVICE), 4, 16)
     for slot, (sampling, captured) in enumerate(cases):
-        sampler.join(Join(slot, [1], 1, 1, sampling))
+        sampler.join([Join(slot, [1], 1, 1, sampling)])
         assert captured_needs(sampler.needs([Work(slot, 0, 1, True)])) == captured
     assert captured_needs(sampler.needs([Work(i, 0, 1, True) for i in range(2)])) == RANDOM
     assert captured_needs(sampler.needs([Work(i, 0, 1, True) for i in range(4)])) == FILTERED
-    sampler.join(Join(5, [1], 1, 1, SamplingParams(frequency_penalty=0.5)))
+    sampler.join([Join(5, [1], 1, 1, SamplingParams(frequency_penalty=0.5))])
     assert captured_needs(sampler.needs([Work(5, 0, 1, True)])) is None
     assert captured_needs(sampler.needs([Work(5, 0, 1, False)])) == GREEDY
