@@ -40,7 +40,7 @@ from nitsum.sched.alarms import Alarms
 from nitsum.sched.composed import Composed
 from nitsum.tier import TierSet
 
-PORTION_S = 3e-3
+PORTION_S = 12e-3
 """From one portion of a switch to the next: copies leave the steps beside them their bandwidth."""
 START_ATTEMPTS = 3
 """Tries to start a new generation of workers before the engine gives up and says so."""

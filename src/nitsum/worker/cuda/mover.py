@@ -23,9 +23,9 @@ from nitsum.worker.cuda.state import to_host, upload
 from nitsum.worker.cuda.symmetric import Shared
 from nitsum.worker.move import with_fault
 
-PRECOPY_PROGRAMS = 4
-"""Of 132 SMs: what a pre-copy may take from the steps beside it. Each copies about 30 GB/s; with 16,
-steps of 30 ms were up to 5 ms longer."""
+PRECOPY_PROGRAMS = 16
+"""Of 132 SMs: what a pre-copy may take from the steps beside it. With 4 it takes longer, and steps
+suffer more: what a product loses by one SM is a whole round of its tiles."""
 
 
 @dataclass(frozen=True)
