@@ -27,7 +27,7 @@ from nitsum.engine.steering import checked_table, controller_of, decisions_of
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
 from nitsum.events import FileSink, NullSink
-from nitsum.garbage import collect_rarely
+from nitsum.garbage import IdleCollector, collect_young_only
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import (
     Abort,
@@ -119,7 +119,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         )
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
-        collect_rarely()
+        collect_young_only()
         try:
             loop(core, executor, link, parent, tally)
         finally:
@@ -168,6 +168,7 @@ def loop(
     core: Core, executor: ProcessExecutor, link: ServerLink, parent: Connection, tally: Tally
 ) -> None:
     """Until the parent is gone: wait, receive, turn, send."""
+    collector = IdleCollector(core.clock.now())
     while True:
         if _wait(core, executor, link, parent):
             return
@@ -176,6 +177,7 @@ def loop(
         link.send(*core.turn())
         if not core.has_work:
             tally.flush()
+            collector.collect(core.clock.now())
 
 
 def receive(core: Core, link: ServerLink, message: ToEngine, tally: Tally) -> None:

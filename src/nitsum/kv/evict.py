@@ -21,7 +21,7 @@ MOST_REGIONS = 8192
 """Places for a page that one search looks at. The next one goes on where it ended."""
 FEW_REGIONS = 1024
 """The same for whoever can go on in a later turn."""
-LOOKS_PER_PAGE = 16
+LOOKS_PER_PAGE = 4
 """Places looked at for each page that is wanted where large pages would do as well."""
 SAMPLED = 2
 """Candidates for each page that is wanted, of which the least valuable goes."""

@@ -10,7 +10,7 @@ from nitsum.sched.composed import Composed, Resumption
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
 
-MOST_BLOCKS = 256
+MOST_BLOCKS = 96
 """Blocks a step may give to prompts in any case: a few milliseconds where others must make way."""
 PROMOTED = -1
 """Rank of a request that waited as long as its tier allows: before every level."""

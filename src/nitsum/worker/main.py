@@ -24,7 +24,7 @@ import torch
 import zmq
 
 from nitsum.errors import NitsumError
-from nitsum.garbage import collect_rarely
+from nitsum.garbage import collect_young_only
 from nitsum.messages import (
     Failed,
     FromWorker,
@@ -100,7 +100,7 @@ class EngineLink:
 
 def _work(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
     runner, ready = _start(spec, shared)
-    collect_rarely()
+    collect_young_only()
     link.send(ready)
     while not isinstance(message := to_worker_decoder.decode(link.receive()), Shutdown):
         done = runner.obey(message)
@@ -116,7 +116,7 @@ def _work_on_gpu(spec: WorkerSpec, shared: Shared, link: EngineLink) -> None:
     from nitsum.worker.cuda.setup import start
 
     runner, ready = start(spec, shared)
-    collect_rarely()
+    collect_young_only()
     link.send(ready)
     obey_until_shutdown(runner, link)
 

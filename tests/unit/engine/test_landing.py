@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -33,6 +34,8 @@ SHAPE = {
     "rope_theta": 500000.0,
 }
 NUM_STREAMS = 16
+NUM_PROMPTS = 8
+"""Under way at any time: enough that every step of every lane takes some on."""
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def driver(tmp_path: Path) -> Driver:
         plans=read_plans(["2xTP1", "TP2"], 2),
         device="cuda",
         dtype="bfloat16",
-        kv_bytes=4 << 30,
+        kv_bytes=16 << 30,
         max_num_seqs=64,
         max_batch_tokens=512,
         policy="fcfs",
@@ -57,14 +60,14 @@ def driver(tmp_path: Path) -> Driver:
     number = 0
     while len(driver.answers["s15"].tokens) < 5:
         driver.turn()
-    while driver.num_active < NUM_STREAMS + 8:
-        submit(driver, f"b{number}", 1500 + 100 * number, 4)
+    while driver.num_active < NUM_STREAMS + NUM_PROMPTS:
+        submit(driver, f"b{number}", 4000 + 100 * number, 4)
         number += 1
     return driver
 
 
 def submit(driver: Driver, name: str, num_prompt: int, max_tokens: int) -> None:
-    prompt = [hash((name, place)) % 1000 for place in range(num_prompt)]
+    prompt = Random(name).choices(range(1000), k=num_prompt)
     driver.submit(Request(name, prompt, SamplingParams(max_tokens=max_tokens)))
 
 
@@ -73,8 +76,8 @@ def run_until_switched(driver: Driver, plan: str) -> None:
     number = 0
     driver.switch(plan)
     while len(driver.reports) == num_before:
-        if driver.num_active < NUM_STREAMS + 8:
-            submit(driver, f"{plan}-{number}", 1500, 4)
+        if driver.num_active < NUM_STREAMS + NUM_PROMPTS:
+            submit(driver, f"{plan}-{number}", 4000, 4)
             number += 1
         driver.turn()
 
@@ -105,7 +108,7 @@ def test_no_gap_at_a_switch_is_longer_than_those_without(driver: Driver):
     for plan in ("TP2", "2xTP1", "TP2", "2xTP1"):
         run_until_switched(driver, plan)
         for _ in range(100):
-            if driver.num_active < NUM_STREAMS + 8:
+            if driver.num_active < NUM_STREAMS + NUM_PROMPTS:
                 submit(driver, f"{plan}-{driver.clock.now()}", 1500, 4)
             driver.turn()
     times = driver.answers["s0"].times_s

@@ -1,0 +1,42 @@
+"""Full collections happen only where nobody waits."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from nitsum.garbage import IDLE_EVERY_S, IdleCollector, collect_young_only
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """Generations that were collected; the settings are put back."""
+    before, found = gc.get_threshold(), list[int]()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            found.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield found
+    gc.callbacks.remove(note)
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+def test_allocating_never_collects_what_is_old(collections: list[int]):
+    collect_young_only()
+    collections.clear()
+    kept = [[i] for i in range(200_000)]
+    assert len(kept) == 200_000
+    assert 0 in collections
+    assert 2 not in collections
+
+
+def test_idle_times_collect_everything_now_and_then(collections: list[int]):
+    collector = IdleCollector(now=100.0)
+    collector.collect(100.0 + 0.5 * IDLE_EVERY_S)
+    assert 2 not in collections
+    collector.collect(100.0 + IDLE_EVERY_S)
+    collector.collect(101.0 + IDLE_EVERY_S)
+    assert collections.count(2) == 1
