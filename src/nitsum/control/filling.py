@@ -117,6 +117,8 @@ class Filling:
 
     def _reserve(self, move: SequenceMove, num_blocks: int) -> int:
         count = self.wave.fill(move, num_blocks)
+        if move.transfer.is_searching:
+            return num_blocks  # a search is all that a turn has time for
         if count is not None:
             return count
         sequence = move.sequence
