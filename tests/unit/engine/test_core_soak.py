@@ -72,14 +72,19 @@ def test_soak_with_roles(seed: int):
 
 
 def test_soak_reaches_what_it_is_for():
-    """The arena is really full, and room is really made by moving pages. Nobody is late here: late
-    prompts would give their room back."""
+    """The arena is really full, and room is really made by moving pages: over a few lives, as one
+    may have it easy. Nobody is late here: late prompts would give their room back."""
     tiers = tuple(replace(tier, ttft_s=60.0) if tier.ttft_s else tier for tier in DEFAULT_TIERS)
-    machine = Machine(4, seed=4, num_blocks=24, tiers=tiers)
-    relocations = count_relocations(machine)
-    used = soak(machine, 4, num_turns=600, num_live=16)
-    machine.drain()
-    assert sorted(used)[len(used) // 2] > 0.6
+    used: list[float] = []
+    num_relocations = num_switches = 0
+    for seed in range(4):
+        machine = Machine(4, seed=seed, num_blocks=24, tiers=tiers)
+        relocations = count_relocations(machine)
+        used += soak(machine, seed, num_turns=400, num_live=16)
+        machine.drain()
+        num_relocations += relocations[0]
+        num_switches += sum(report.ok for report in machine.reports)
+    assert sum(used) / len(used) > 0.5
     assert max(used) > 0.95
-    assert relocations[0] > 10
-    assert sum(report.ok for report in machine.reports) > 5
+    assert num_relocations > 10
+    assert num_switches > 20
