@@ -193,35 +193,43 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) 
     if not is_whole and any(taken):
         lane.prefill_pace.note_step(taken, step.predicted_s)
     if not is_whole and lane.rules.slack:
-        _note_left(lane, prefills, taken)
-        beside = {chunk.sequence for chunk in step.chunks[step.decodes.num_decode :]}
-        without = [sequence for sequence in prefills if sequence not in beside]
-        for sequence in without:
-            lane.is_stalled[lane.setting.level(sequence)] = True
-        _make_way(lane, step, without)
+        _note_left(lane, step, prefills, sum(taken))
+    lane.step_takes_tokens = lane.prefill_pace.tokens_per_s[0] * step.predicted_s
 
 
-def _note_left(lane: LaneScheduler, prefills: list[Sequence], taken: list[int]) -> None:
-    """Which levels have more before them than the next step can take."""
-    left_at = [-num_tokens for num_tokens in taken]
+def _note_left(
+    lane: LaneScheduler, step: Composed, prefills: list[Sequence], num_taken: int
+) -> None:
+    """What the step, which took `num_taken` tokens, left to those after it."""
+    chunks = step.chunks[step.decodes.num_decode :]
+    beside = {chunk.sequence: chunk.num_tokens for chunk in chunks}
+    left_at = [0 for _ in lane.levels]
+    without: list[Sequence] = []
     for sequence in prefills:
-        left_at[lane.setting.level(sequence)] += sequence.num_remaining
-    lane.is_pressed = [left > 2 * sum(taken) for left in accumulate(left_at)]
+        level = lane.setting.level(sequence)
+        left_at[level] += sequence.num_remaining - beside.get(sequence, 0)
+        if sequence not in beside:
+            without.append(sequence)
+            lane.is_stalled[level] = True
+    is_pressed = [left > 2 * num_taken for left in accumulate(left_at)]
+    for sequence in without:
+        level = lane.setting.level(sequence)
+        if is_pressed[level] and _makes_way(sequence, step):
+            left_at[level] -= sequence.num_remaining
+            lane.put_back(sequence, step)
+    lane.ahead_tokens = list(accumulate(left_at))
 
 
-def _make_way(lane: LaneScheduler, step: Composed, without: list[Sequence]) -> None:
+def _makes_way(sequence: Sequence, step: Composed) -> bool:
     """Late prompts of which nothing was computed give their slots back while others wait: in the
     queue, tenants take turns, and there is no KV to hold."""
-    for sequence in without:
-        if (
-            step.start_s > sequence.first_due_s
-            and sequence.first_scheduled_s is None
-            and sequence.chain_start_s is None
-            and not sequence.promoted
-            and not sequence.num_restarts
-            and lane.is_pressed[lane.setting.level(sequence)]
-        ):
-            lane.put_back(sequence, step)
+    return (
+        step.start_s > sequence.first_due_s
+        and sequence.first_scheduled_s is None
+        and sequence.chain_start_s is None
+        and not sequence.promoted
+        and not sequence.num_restarts
+    )
 
 
 def _add_in_turn(

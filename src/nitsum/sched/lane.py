@@ -73,9 +73,11 @@ class LaneScheduler:
         """When each level last had a new request."""
         self.is_stalled = [False for _ in self.levels]
         """Which levels have prompts with a slot that got nothing of the last step."""
-        self.is_pressed = [False for _ in self.levels]
-        """Where the last step left more prompts of the level and those above it waiting than the
-        next one can take: what is late anyway gets no slot there."""
+        self.ahead_tokens = [0 for _ in self.levels]
+        """Prompt tokens with a slot that are still to compute, of each level and those above it."""
+        self.step_takes_tokens = float(self.limits.max_batch_tokens)
+        """Prompt tokens a step takes on when there are enough: where more have slots already, what
+        is late anyway gets none."""
         self.skipped: dict[Sequence, int] = {}
         """Steps in a row that left a loose request out."""
 
@@ -213,8 +215,8 @@ class LaneScheduler:
         self.is_new = self.is_new and self.num_running > 0
         fill_slots(self, step)
         self.is_new = False
-        self.is_pressed = [False for _ in self.levels]
         self.is_stalled = [False for _ in self.levels]
+        self.ahead_tokens = [0 for _ in self.levels]
         prefills = add_decodes(self, step)
         if prefills:
             add_prefills(self, step, prefills)
@@ -284,6 +286,9 @@ class LaneScheduler:
             self.waits.cancel(sequence)
         self.note_waited(sequence, now)
         self._run(sequence)
+        if self.rules.slack and sequence.num_remaining > 1:
+            for below in range(level, len(self.levels)):
+                self.ahead_tokens[below] += sequence.num_remaining
 
     def note_waited(self, sequence: Sequence, now: float) -> None:
         sequence.waited_s += max(0.0, now - sequence.wait_from_s)

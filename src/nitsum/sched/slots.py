@@ -67,9 +67,10 @@ def _owed_head(lane: LaneScheduler, level: int, now: float) -> Sequence | None:
 
 
 def next_of(lane: LaneScheduler, level: int, now: float) -> Sequence | None:
-    """The first of a level without a slot; those that are late anyway only if it is not pressed."""
-    queue = lane.waiting[level]
-    return lane.returning[level].head() or queue.head(now, late=not lane.is_pressed[level])
+    """The first of a level without a slot; those that are late anyway only if the next step will
+    come to them."""
+    has_turn = lane.ahead_tokens[level] < lane.step_takes_tokens
+    return lane.returning[level].head() or lane.waiting[level].head(now, late=has_turn)
 
 
 def _place(lane: LaneScheduler, candidate: Candidate, step: Composed) -> bool:
