@@ -17,7 +17,14 @@ from nitsum.cli import main
 from nitsum.engine.fake_client import FakeEngineClient
 from nitsum.errors import ApiError, ConfigError
 from nitsum.ledger.records import Prices
-from nitsum.server.keyfile import Key, change_keys, hash_token, new_token, read_keys
+from nitsum.server.keyfile import (
+    Key,
+    Tenant,
+    change_keys,
+    hash_token,
+    new_token,
+    read_keys,
+)
 from nitsum.server.keys import KeyRing
 from nitsum.server.quota import Quotas
 from nitsum.tier import TierSet
@@ -47,6 +54,12 @@ class Keyed:
         change_keys(
             self.path, lambda keys: [msgspec.structs.replace(key, **limits) for key in keys]
         )
+        self.reread()
+
+    def limit(self, tenant: str, **limits: int) -> None:
+        """Give all keys of a tenant these limits together."""
+        flags = [text for name, limit in limits.items() for text in (f"--{name}", str(limit))]
+        assert main(["keys", "limit", tenant, "--keys", str(self.path), *flags]) == 0
         self.reread()
 
     def reread(self) -> None:
@@ -248,6 +261,53 @@ def test_a_budget_ends(checkpoint: Path, tmp_path: Path) -> None:
     assert keyed.chat(token).status_code == 200
 
 
+@pytest.mark.parametrize(("limit", "what"), [("rpm", "requests"), ("tpm", "tokens")])
+def test_keys_of_a_tenant_share_its_minute(keyed: Keyed, limit: str, what: str) -> None:
+    """Limits that count at once; a key's own stay beside them."""
+    first, second = keyed.make(tenant="acme"), keyed.make(tenant="acme", rpm=100, tpm=10_000)
+    other, alone = keyed.make(tenant="zeta"), keyed.make()
+    num_prompt = keyed.chat(first).json()["usage"]["prompt_tokens"]
+    keyed.limit("acme", **{limit: 1 if limit == "rpm" else num_prompt})
+    assert keyed.chat(first).status_code == 200
+    refused = keyed.chat(second)
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "insufficient_quota")
+    assert "of tenant 'acme'" in error_of(refused)["message"]
+    assert refused.headers["x-should-retry"] == "false"
+    assert float(refused.headers["retry-after-ms"]) > 0
+    assert refused.headers[f"x-ratelimit-remaining-{what}"] == "0", "the tenant's: it is less"
+    assert keyed.chat(other).status_code == keyed.chat(alone).status_code == 200
+    keyed.limit("acme")
+    assert keyed.chat(second).status_code == 200
+
+
+def test_keys_of_a_tenant_share_its_requests_at_a_time() -> None:
+    quotas = Quotas(lambda: 0.0, quota_of=lambda tenant: Tenant(name=tenant, concurrency=2))
+    a, b = (Key(id=name, sha256=name, tenant="acme", concurrency=1) for name in "ab")
+    c, other = Key(id="c", sha256="c", tenant="acme"), Key(id="d", sha256="d")
+    quotas.admit(a, 1)
+    with pytest.raises(ApiError, match="this key, 1 requests at a time"):
+        quotas.admit(a, 1)
+    quotas.admit(b, 1)
+    for _ in range(3):
+        quotas.admit(other, 1)
+    with pytest.raises(ApiError, match="tenant 'acme', 2 requests at a time") as refused:
+        quotas.admit(c, 1)
+    assert (refused.value.code, refused.value.retry_after_s) == ("rate_limit_exceeded", 1.0)
+    quotas.settle(a, 5)
+    quotas.admit(c, 1)
+
+
+def test_what_a_tenant_refuses_takes_nothing_from_the_key() -> None:
+    quotas = Quotas(lambda: 0.0, quota_of=lambda tenant: Tenant(name=tenant, tpm=100))
+    key = Key(id="k", sha256="", tenant="acme", rpm=60, tpm=1000)
+    quotas.admit(key, 80)
+    for _ in range(5):
+        with pytest.raises(ApiError, match="100 tokens a minute of tenant 'acme'"):
+            quotas.admit(key, 80)
+    assert quotas.headers(key)["x-ratelimit-remaining-requests"] == "59"
+    assert quotas.headers(key)["x-ratelimit-limit-tokens"] == "100"
+
+
 def test_refused_work_takes_nothing_from_the_meters() -> None:
     now_s = 0.0
     quotas = Quotas(lambda: now_s)
@@ -287,8 +347,14 @@ def test_keys_are_made_listed_and_revoked(
     assert bench.post("/v1/chat/completions", BODY, headers=headers).status_code == 200
     assert main(["keys", "list", "--keys", str(path), "--json"]) == 0
     listed = msgspec.json.decode(capsys.readouterr().out)
-    assert listed[0]["id"] == key.id
-    assert listed[0]["sha256"] != key.sha256
+    assert listed["keys"][0]["id"] == key.id
+    assert listed["keys"][0]["sha256"] != key.sha256
+    assert main(["keys", "limit", "t", "--keys", str(path), "--tpm", "900"]) == 0
+    assert main(["keys", "limit", "nobody", "--keys", str(path), "--tpm", "900"]) == 2
+    capsys.readouterr()
+    assert main(["keys", "list", "--keys", str(path), "--json"]) == 0
+    (tenant,) = msgspec.json.decode(capsys.readouterr().out)["tenants"]
+    assert (tenant["name"], tenant["rpm"], tenant["tpm"]) == ("t", None, 900)
     assert main(["keys", "revoke", "--keys", str(path), key.id]) == 0
     assert main(["keys", "revoke", "--keys", str(path), "key_none"]) == 2
     bench.app.state.service.keys.reload()

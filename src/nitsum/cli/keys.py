@@ -1,4 +1,4 @@
-"""`nitsum keys`: make, list and revoke API keys. A running server sees the change by itself."""
+"""`nitsum keys`: make, list and revoke API keys, limit tenants. A running server sees changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from rich.table import Table
 from nitsum.errors import ConfigError
 from nitsum.server.keyfile import (
     Key,
+    KeyFile,
+    Tenant,
+    change_file,
     change_keys,
     hash_token,
     new_key_id,
     new_token,
+    read_file,
     read_keys,
 )
 from nitsum.tier import SERVICE_TIERS
@@ -28,14 +32,19 @@ _UNITS_S = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="add|list|revoke")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="add|limit|list|revoke")
     add = actions.add_parser("add", help="make a key and print it, once")
-    _add_limits(add)
+    _add_rights(add)
+    limit = actions.add_parser(
+        "limit", help="say what all keys of a tenant may have together; without limits: no limit"
+    )
+    limit.add_argument("tenant", help="the tenant of the keys")
+    _add_limits(limit)
     listing = actions.add_parser("list", help="show the keys; what is shown opens nothing")
     listing.add_argument("--json", action="store_true", help="as JSON")
     revoke = actions.add_parser("revoke", help="make a key useless from now on")
     revoke.add_argument("id", help="as `list` shows it")
-    for one in (add, listing, revoke):
+    for one in (add, limit, listing, revoke):
         one.add_argument(
             "--keys",
             metavar="FILE",
@@ -44,22 +53,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_limits(add: argparse.ArgumentParser) -> None:
+def _add_rights(add: argparse.ArgumentParser) -> None:
     add.add_argument("--tenant", default="", help="who uses and pays for it")
     add.add_argument("--note", default="", help="what you want to remember about it")
     add.add_argument("--max-tier", metavar="TIER", help="the most urgent tier it may have")
     add.add_argument("--default-tier", metavar="TIER", help="what service_tier auto means for it")
-    add.add_argument("--rpm", type=_count, metavar="N", help="requests a minute")
-    add.add_argument("--tpm", type=_count, metavar="N", help="tokens a minute")
-    add.add_argument("--concurrency", type=_count, metavar="N", help="requests at a time")
+    _add_limits(add)
     add.add_argument("--budget", type=_money, metavar="MONEY", help="what it may spend in all")
     add.add_argument("--expires", type=_moment, metavar="WHEN", help="12h, 30d, or 2030-01-31")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rpm", type=_count, metavar="N", help="requests a minute")
+    parser.add_argument("--tpm", type=_count, metavar="N", help="tokens a minute")
+    parser.add_argument("--concurrency", type=_count, metavar="N", help="requests at a time")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.keys is None:
         raise ConfigError("Name the key file: --keys FILE, or NITSUM_KEYS=FILE.")
-    return {"add": _add, "list": _list, "revoke": _revoke}[args.action](args, Path(args.keys))
+    actions = {"add": _add, "limit": _limit, "list": _list, "revoke": _revoke}
+    return actions[args.action](args, Path(args.keys))
 
 
 def _add(args: argparse.Namespace, path: Path) -> int:
@@ -86,24 +100,56 @@ def _add(args: argparse.Namespace, path: Path) -> int:
     return 0
 
 
+def _limit(args: argparse.Namespace, path: Path) -> int:
+    limits = Tenant(name=args.tenant, rpm=args.rpm, tpm=args.tpm, concurrency=args.concurrency)
+    is_limited = limits != Tenant(name=args.tenant)
+
+    def change(file: KeyFile) -> KeyFile:
+        if args.tenant not in {key.tenant for key in file.keys} - {""}:
+            raise ConfigError(f"No key in {path} is of a tenant {args.tenant!r}.")
+        others = [tenant for tenant in file.tenants if tenant.name != args.tenant]
+        return KeyFile(file.keys, [*others, limits] if is_limited else others)
+
+    read_keys(path)
+    change_file(path, change)
+    print(f"{args.tenant}: " + ("limited together." if is_limited else "not limited together."))
+    return 0
+
+
 def _list(args: argparse.Namespace, path: Path) -> int:
-    keys = read_keys(path)
+    file = read_file(path)
     if args.json:
-        shown = [{**msgspec.structs.asdict(key), "sha256": key.sha256[:8]} for key in keys]
+        hidden = [msgspec.structs.replace(key, sha256=key.sha256[:8]) for key in file.keys]
+        shown = {
+            "keys": [msgspec.structs.asdict(key) for key in hidden],
+            "tenants": [msgspec.structs.asdict(tenant) for tenant in file.tenants],
+        }
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return 0
     table = Table("id", "tenant", "state", "tiers", "rpm", "tpm", "at a time", "budget", "note")
-    for key in keys:
+    for key in file.keys:
         table.add_row(*_row(key))
     Console().print(table)
+    if file.tenants:
+        _print_tenants(file.tenants)
     return 0
+
+
+def _print_tenants(tenants: list[Tenant]) -> None:
+    table = Table("all keys of", "rpm", "tpm", "at a time")
+    for tenant in tenants:
+        table.add_row(tenant.name, *_shown(tenant.rpm, tenant.tpm, tenant.concurrency))
+    Console().print(table)
 
 
 def _row(key: Key) -> tuple[str, ...]:
     tiers = f"{key.default_tier or 'auto'}, at most {key.max_tier or 'any'}"
-    limits = (key.rpm, key.tpm, key.concurrency, key.budget)
-    shown = ("-" if limit is None else f"{limit:g}" for limit in limits)
-    return (key.id, key.tenant or "-", _state(key), tiers, *shown, key.note)
+    limits = _shown(key.rpm, key.tpm, key.concurrency, key.budget)
+    return (key.id, key.tenant or "-", _state(key), tiers, *limits, key.note)
+
+
+def _shown(*limits: float | None) -> list[str]:
+    return ["-" if limit is None else f"{limit:g}" for limit in limits]
 
 
 def _state(key: Key) -> str:

@@ -101,7 +101,8 @@ def build_service(client: EngineClient, settings: ServerSettings) -> Service:
     if settings.otlp:
         metrics.tracing = Tracing(settings.otlp, settings.model_names[0])
     client.on_switch(metrics.saw_switch)
-    books = open_books(settings, tiers)
+    keys = None if settings.keys is None else KeyRing(settings.keys, tiers)
+    books = open_books(settings, tiers, keys)
     return Service(
         engine=client,
         settings=settings,
@@ -110,7 +111,7 @@ def build_service(client: EngineClient, settings: ServerSettings) -> Service:
         limits=Limits(settings.max_model_len, settings.vocab_size, _end_tokens(settings, codec)),
         metrics=metrics,
         books=books,
-        keys=None if settings.keys is None else KeyRing(settings.keys, tiers),
+        keys=keys,
         created_s=int(time.time()),
     )
 

@@ -15,6 +15,7 @@ from nitsum.ledger.store import Store
 from nitsum.ledger.writer import LedgerWriter, new_run
 from nitsum.server.caller import now_s
 from nitsum.server.job import Job
+from nitsum.server.keys import KeyRing
 from nitsum.server.quota import Quotas
 from nitsum.server.settings import ServerSettings
 from nitsum.tier import TierSet
@@ -94,15 +95,18 @@ class Books:
         )
 
 
-def open_books(settings: ServerSettings, tiers: TierSet) -> Books:
+def open_books(settings: ServerSettings, tiers: TierSet, keys: KeyRing | None) -> Books:
     """The books of a server; raises `LedgerError` when its ledger cannot be opened."""
+    quotas = Quotas(now_s)
+    if keys is not None:
+        quotas.quota_of = keys.quota_of
     if not settings.ledger:
-        return Books(tiers, settings.prices, Quotas(now_s))
+        return Books(tiers, settings.prices, quotas)
     store = Store(settings.ledger)
     spent = {key: nano / NANO for key, nano in store.spent_nano().items()}
     run = new_run(settings.num_ranks, settings.device)
     writer = LedgerWriter(store, run, settings.data_dir or Path())
-    quotas = Quotas(now_s, lambda key_id: spent.get(key_id, 0.0))
+    quotas.spent_before = lambda key_id: spent.get(key_id, 0.0)
     return Books(tiers, settings.prices, quotas, run.id, writer, store=store)
 
 
@@ -134,7 +138,7 @@ class Entry:
         if caller.key is None:
             return
         if caller.batch_id is not None:
-            self._books.quotas.admit_batch(caller.key)
+            self._books.quotas.check_budget(caller.key)
         else:
             self._books.quotas.admit(caller.key, self._job.usage().prompt_tokens)
 

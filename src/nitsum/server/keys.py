@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 
 from nitsum.errors import ApiError, ConfigError
-from nitsum.server.keyfile import Key, hash_token, read_keys
+from nitsum.server.keyfile import Key, KeyFile, Quota, hash_token, read_file
 from nitsum.tier import TierSet
 
 _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 """How soon a change of the file counts."""
+
+
+_NO_QUOTA = Quota()
 
 
 class KeyRing:
@@ -25,7 +28,7 @@ class KeyRing:
         self._tiers = tiers
         self._next_look_s = 0.0
         self._version = _version(path)
-        self._take(read_keys(path))
+        self._take(read_file(path))
 
     def find(self, token: str) -> Key:
         """The key a caller sent; raises a 401 unless it is known and valid."""
@@ -43,11 +46,15 @@ class KeyRing:
             raise wrong_key("The key of this work does not exist any more.")
         return _checked(key)
 
+    def quota_of(self, tenant: str) -> Quota:
+        """What all keys of a tenant may have together."""
+        return self._tenants.get(tenant, _NO_QUOTA)
+
     def reload(self) -> None:
         """Read the file now."""
         try:
             self._version = _version(self._path)
-            self._take(read_keys(self._path))
+            self._take(read_file(self._path))
         except (ConfigError, OSError) as error:
             _log.error("Keys stay as they were. %s", error)
 
@@ -59,11 +66,12 @@ class KeyRing:
         if _version(self._path) != self._version:
             self.reload()
 
-    def _take(self, keys: list[Key]) -> None:
-        for key in keys:
+    def _take(self, file: KeyFile) -> None:
+        for key in file.keys:
             self._check_tiers(key)
-        self._by_hash = {key.sha256: key for key in keys}
-        self._by_id = {key.id: key for key in keys}
+        self._by_hash = {key.sha256: key for key in file.keys}
+        self._by_id = {key.id: key for key in file.keys}
+        self._tenants = {tenant.name: tenant for tenant in file.tenants}
 
     def _check_tiers(self, key: Key) -> None:
         for name in (key.max_tier, key.default_tier):
