@@ -188,7 +188,7 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Positions the next step may compute; 1 in decode."""
-        return self.num_total - self.num_dispatched
+        return len(self.tokens) + self.num_sampling - self.num_dispatched
 
     @property
     def is_confirmed(self) -> bool:

@@ -96,6 +96,8 @@ class AnalyticCost:
         self._links = {d: all_reduce_curve(self.rates, d) for d in self.degrees if d > 1}
         self._context_prices = {d: self._prices(rank) for d, rank in self._ranks.items()}
         self._dense_s: dict[tuple[int, int, int], float] = {}
+        self._body_s: dict[tuple[int, int], tuple[float, float, float]] = {}
+        self._head_s: dict[tuple[int, int], float] = {}
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -140,6 +142,8 @@ class AnalyticCost:
         self._check_degree(key[0])
         if len(self._dense_s) >= _MAX_CACHED:
             self._dense_s.clear()
+            self._body_s.clear()
+            self._head_s.clear()
         return self._dense_s.setdefault(key, self._dense_parts(*key).total_s)
 
     def _check_degree(self, degree: int) -> None:
@@ -148,21 +152,31 @@ class AnalyticCost:
 
     def _dense_parts(self, degree: int, num_tokens: int, num_samples: int) -> StepParts:
         """All that depends on token counts only; attention holds its launches."""
+        body_s = self._body_s.get((degree, num_tokens))
+        if body_s is None:
+            body_s = self._body_s[degree, num_tokens] = self._body_times(degree, num_tokens)
+        head_s = self._head_s.get((degree, num_samples))
+        if head_s is None:
+            head_s = self._head_s[degree, num_samples] = self._head_time(degree, num_samples)
+        gemm_s, elementwise_s, all_reduce_s = body_s
+        launch_s = self.geometry.shape.num_layers * self.rates.attention_launch_s
+        return StepParts(gemm_s, head_s, elementwise_s, all_reduce_s, launch_s, self.rates.step_s)
+
+    def _body_times(self, degree: int, num_tokens: int) -> tuple[float, float, float]:
+        """GEMMs, elementwise kernels and all-reduces of all layers."""
         rank, rates, layers = self._ranks[degree], self.rates, self.geometry.shape.num_layers
         gemm_s = sum(rates.gemm.seconds(num_tokens, n, k, self.dtype_bytes) for n, k in rank.gemms)
-        return StepParts(
-            gemm_s=layers * gemm_s,
-            head_s=self._head_time(degree, rank, num_samples),
-            elementwise_s=layers * self._elementwise_time(rank, num_tokens),
-            all_reduce_s=2 * layers * self._all_reduce_time(degree, num_tokens),
-            attention_s=layers * rates.attention_launch_s,
-            step_s=rates.step_s,
+        return (
+            layers * gemm_s,
+            layers * self._elementwise_time(rank, num_tokens),
+            2 * layers * self._all_reduce_time(degree, num_tokens),
         )
 
-    def _head_time(self, degree: int, rank: RankShape, num_samples: int) -> float:
+    def _head_time(self, degree: int, num_samples: int) -> float:
         """Logits of the sampled rows, gathered from all shards."""
         if num_samples == 0:
             return 0.0
+        rank = self._ranks[degree]
         logits_s = self.rates.gemm.seconds(num_samples, *rank.head, self.dtype_bytes)
         if degree == 1:
             return logits_s

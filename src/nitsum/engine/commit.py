@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import repeat
 
 from nitsum.engine.generation import Generation
 from nitsum.engine.lanes import StepInFlight
@@ -15,13 +15,8 @@ from nitsum.kv.prefix import hash_block
 from nitsum.messages import StepDone, TokenLogprobs
 from nitsum.request import FinishReason, SeqState, Sequence
 
-
-class Drawn(NamedTuple):
-    """A token as it came from a worker."""
-
-    token: int
-    logprobs: TokenLogprobs | None = None
-    logits: bytes | None = None
+Drawn = tuple[int, TokenLogprobs | None, bytes | None]
+"""A token as it came from a worker, with what was asked for beside it."""
 
 
 @dataclass
@@ -169,7 +164,7 @@ def end_of(sequence: Sequence) -> FinishReason | None:
 
 def _drawn(done: StepDone) -> Iterable[Drawn]:
     if not done.logprobs and not done.logits:
-        return [Drawn(token) for token in done.tokens]
+        return zip(done.tokens, repeat(None), repeat(None), strict=False)
     logprobs = done.logprobs or [None] * len(done.tokens)
     logits = done.logits or [None] * len(done.tokens)
-    return [Drawn(*entry) for entry in zip(done.tokens, logprobs, logits, strict=True)]
+    return zip(done.tokens, logprobs, logits, strict=True)

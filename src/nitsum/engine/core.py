@@ -208,7 +208,7 @@ class Core:
         while not load.is_full and self._dispatch_round():
             pass
         now = self.clock.now()
-        held_s = [load.send_at_s(loop) for loop in generation.loops.values() if load.has_room(loop)]
+        held_s = [load.send_at_s(loop) for loop in generation.loops.values()]
         self.next_turn_s = min((at_s for at_s in held_s if at_s > now), default=inf)
         if generation.switcher.has_portions:
             self.next_turn_s = min(self.next_turn_s, now + PORTION_S)
@@ -226,7 +226,7 @@ class Core:
         loops = [
             loop
             for loop in generation.loops.values()
-            if loop.scheduler.neighbours or (load.has_room(loop) and load.send_at_s(loop) <= now)
+            if loop.scheduler.neighbours or load.send_at_s(loop) <= now
         ]
         landing = generation.landing
         for loop in sorted(loops, key=generation.turn_order()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from nitsum.plan import Group, Lane
 from nitsum.sched.lane import LaneScheduler
@@ -21,15 +22,16 @@ class LaneLoop:
     """One lane's loop between two turns of the engine."""
 
     lane: Lane
+    """May get another role, never another group."""
     scheduler: LaneScheduler
     draining: bool = False
     num_in_flight: int = 0
     last_sent: int = 0
     """Number of the last step sent: lanes that share ranks take turns by it."""
 
-    @property
-    def group(self) -> Group:
-        return self.lane.group
+    def __post_init__(self) -> None:
+        self.group: Group = self.lane.group
+        self.leader: int = self.group.leader
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,17 @@ class RankLoad:
         """No rank can take a step."""
         return min(self.num_in_flight) >= STEPS_AHEAD
 
-    def has_room(self, loop: LaneLoop) -> bool:
-        """Whether the lane's first rank can take a step; all do if no other lane uses them."""
-        return self.num_in_flight[loop.lane.group.leader] < STEPS_AHEAD
-
     def send_at_s(self, loop: LaneLoop) -> float:
-        """When the lane's next step should be sent. Ranks that lanes share are filled at once: they
+        """When the lane's next step should be sent; infinite while its first rank has no room for
+        one (all have if no other lane uses them). Ranks that lanes share are filled at once: they
         would wait for each other."""
-        if loop.scheduler.neighbours or not self.num_in_flight[loop.lane.group.leader]:
+        leader = loop.leader
+        num_in_flight = self.num_in_flight[leader]
+        if num_in_flight >= STEPS_AHEAD:
+            return inf
+        if not num_in_flight or loop.scheduler.neighbours:
             return 0.0
-        return self.free_s[loop.lane.group.leader] - SEND_AHEAD_S
+        return self.free_s[leader] - SEND_AHEAD_S
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
@@ -92,7 +95,7 @@ class RankLoad:
 
     def start_s(self, loop: LaneLoop, now: float) -> float:
         """When a step sent now would start."""
-        return max(now, *(self.free_s[rank] for rank in loop.lane.ranks))
+        return max(now, *[self.free_s[rank] for rank in loop.lane.ranks])
 
     def sent(self, step: StepInFlight) -> None:
         end_s = self.start_s(step.loop, step.sent_s) + step.predicted_s

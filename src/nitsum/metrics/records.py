@@ -276,7 +276,7 @@ class Recorder:
             if record is not None:
                 for _ in range(num_tokens):
                     record.token_times.append(at_s)
-        step.num_tokens_out = sum(num_tokens for _, num_tokens in event.tokens)
+            step.num_tokens_out += num_tokens
         self.steps.append(step)
 
     # -- switches --

@@ -217,15 +217,22 @@ class Admission:
     def _offers(self, asking: _Asking, plan: Plan) -> list[_Offer]:
         """Every lane that takes new requests of the tier, the best first."""
         lanes = self._lanes(plan, asking.tier.name)
-        offers = [self._offer(asking, lane, plan) for lane in lanes]
+        prices: dict[tuple[int, int], Work] = {}
+        offers = [self._offer(asking, lane, plan, prices) for lane in lanes]
         offers.sort(key=_preference)
         return offers
 
-    def _offer(self, asking: _Asking, lane: Lane, plan: Plan) -> _Offer:
+    def _offer(
+        self, asking: _Asking, lane: Lane, plan: Plan, prices: dict[tuple[int, int], Work]
+    ) -> _Offer:
+        """`prices`: what the same work costs lanes of one degree, by degree and prompt tokens."""
         setting = self.setting
         hits = setting.kv.prefixes.match(lane.group, asking.sequence.hashes)
         num_new = max(1, asking.num_prompt - hits * setting.kv.arena.block_tokens)
-        work = setting.estimator.work(lane, num_new, asking.answer_tokens)
+        work = prices.get((lane.group.degree, num_new))
+        if work is None:
+            work = setting.estimator.work(lane, num_new, asking.answer_tokens)
+            prices[lane.group.degree, num_new] = work
         before_s = self.book.backlog_s(lane.group, asking.level)
         if lane.role != "prefill":
             return _Offer(lane, work, hits, before_s)

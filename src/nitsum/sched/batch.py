@@ -157,7 +157,7 @@ def _skip_slack_s(lane: LaneScheduler, step: Composed, chunk: Chunk, predicted_s
 def _time_without(lane: LaneScheduler, step: Composed, loose: list[Chunk]) -> float:
     count = step.shape.num_decode - len(loose)
     context = step.shape.decode_context_tokens - sum(chunk.start + 1 for chunk in loose)
-    return lane.setting.cost.step_time(lane.lane, BatchShape(count, context, 0, 0, count))
+    return lane.shape_time(BatchShape(count, context, 0, 0, count))
 
 
 def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: float) -> int:
@@ -169,7 +169,7 @@ def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: 
         middle = (low + high) // 2
         num = decodes - middle
         shape = BatchShape(num, context - left[middle], 0, 0, num)
-        if lane.setting.cost.step_time(lane.lane, shape) <= allowed_s:
+        if lane.shape_time(shape) <= allowed_s:
             high = middle
         else:
             low = middle + 1
@@ -181,6 +181,8 @@ def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: 
 
 def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) -> None:
     """Chunks in order, each as large as the tightest affected decode allows."""
+    if lane.rules.slack:
+        step.others_bear_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
     in_front = sum(sequence.num_remaining for sequence in ahead)
@@ -316,9 +318,8 @@ def _small_chunk(lane: LaneScheduler) -> int:
 def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:
     """The chunk that all decodes bear; if it would come too late with that, the chunk that those
     of its own and higher tiers bear."""
-    others_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
-    others_s = min(others_s, step.first_tight_s)
-    allowed_s = min(min(step.tight_s), others_s)
+    others_s = min(step.others_bear_s, step.first_tight_s)
+    allowed_s = min(*step.tight_s, others_s)
     count = _fitting(lane, step, sequence, most, allowed_s)
     level = lane.setting.level(sequence)
     higher_s = min(min(step.tight_s[: level + 1]), others_s)
@@ -335,11 +336,7 @@ def _fitting(
 ) -> int:
     if allowed_s == inf:
         return most
-
-    def step_time(shape: BatchShape) -> float:
-        return lane.setting.cost.step_time(lane.lane, shape)
-
-    left = sequence.num_remaining
+    step_time, left = lane.shape_time, sequence.num_remaining
     return largest_chunk(step_time, step.shape, sequence.num_dispatched, left, most, allowed_s)
 
 
@@ -355,5 +352,5 @@ def _newcomers_bear_s(lane: LaneScheduler, step: Composed) -> float:
     ttft_s = lane.newcomer_ttft_s(step.now)
     if ttft_s == inf:
         return inf
-    own_s = OWN_STEP * lane.setting.cost.step_time(lane.lane, step.decodes)
+    own_s = OWN_STEP * lane.shape_time(step.decodes)
     return max(ttft_s - own_s, 2 * own_s)

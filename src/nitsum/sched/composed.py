@@ -27,7 +27,7 @@ class Resumption(NamedTuple):
     """Its row does not exist in this lane: it gives up its slot and joins anew."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Composed:
     """What `LaneScheduler.compose` hands to the engine."""
 
@@ -58,6 +58,8 @@ class Composed:
     """How long the step may take for the decodes of each level."""
     first_tight_s: float = float("inf")
     """How long the step may take for those it draws the first token of."""
+    others_bear_s: float = float("inf")
+    """How long the step may take for lanes on the same ranks and for who comes right after it."""
     decodes: BatchShape = field(default_factory=BatchShape)
     """Its shape before any prompt was taken on."""
     next_due_s: float = float("inf")

@@ -10,7 +10,6 @@ language models", OSDI 2024, theorem 4.4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
@@ -84,9 +83,9 @@ class Accounts:
     def charge_prompt(self, tenant: str, num_tokens: int) -> None:
         self[tenant].served += PROMPT_WEIGHT * num_tokens
 
-    def charge_answers(self, tenants: Iterable[tuple[str, int]]) -> None:
-        for tenant, num_tokens in tenants:
-            self[tenant].served += ANSWER_WEIGHT * num_tokens
+    def charge_answer(self, tenant: str) -> None:
+        """One token of an answer."""
+        self[tenant].served += ANSWER_WEIGHT
 
     @property
     def num_tenants(self) -> int:

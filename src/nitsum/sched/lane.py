@@ -23,6 +23,7 @@ from nitsum.sched.room import Room
 from nitsum.sched.setting import Setting
 from nitsum.sched.share import Shares
 from nitsum.sched.slots import fill_slots, next_of
+from nitsum.step import BatchShape
 
 LATELY_S = 60.0
 """A tier that had a request within this time may have another any moment."""
@@ -230,6 +231,9 @@ class LaneScheduler:
             bool(self.waiting[i] or self.returning[i] or self.is_stalled[i]) for i in self.levels
         ]
 
+    def shape_time(self, shape: BatchShape) -> float:
+        return self.setting.cost.step_time(self.lane, shape)
+
     def step_time(self, step: Composed) -> float:
         return self.setting.cost.step_time(self.lane, step.shape)
 
@@ -327,10 +331,6 @@ class LaneScheduler:
         accounts = self.setting.accounts
         if all(account.num_tenants < 2 for account in accounts.values()):
             return
-        counts: dict[tuple[str, str], int] = {}
         for sequence, _, _, samples in step.chunks:
             if samples:
-                key = sequence.tier, sequence.request.tenant
-                counts[key] = counts.get(key, 0) + 1
-        for (tier, tenant), count in counts.items():
-            accounts[tier].charge_answers([(tenant, count)])
+                accounts[sequence.tier].charge_answer(sequence.request.tenant)
