@@ -83,9 +83,8 @@ class Accounts:
     def charge_prompt(self, tenant: str, num_tokens: int) -> None:
         self[tenant].served += PROMPT_WEIGHT * num_tokens
 
-    def charge_answer(self, tenant: str) -> None:
-        """One token of an answer."""
-        self[tenant].served += ANSWER_WEIGHT
+    def charge_answers(self, tenant: str, num_tokens: int) -> None:
+        self[tenant].served += ANSWER_WEIGHT * num_tokens
 
     @property
     def num_tenants(self) -> int:

@@ -331,6 +331,10 @@ class LaneScheduler:
         accounts = self.setting.accounts
         if all(account.num_tenants < 2 for account in accounts.values()):
             return
+        counts: dict[tuple[str, str], int] = {}
         for sequence, _, _, samples in step.chunks:
             if samples:
-                accounts[sequence.tier].charge_answer(sequence.request.tenant)
+                key = sequence.tier, sequence.request.tenant
+                counts[key] = counts.get(key, 0) + 1
+        for (tier, tenant), count in counts.items():
+            accounts[tier].charge_answers(tenant, count)
