@@ -1,7 +1,7 @@
 """Memory and barriers that the processes of one worker generation share. Torch-free.
 
 Nothing here has a name that two generations could both want: regions are anonymous files handed
-to spawned processes as descriptors, semaphores are the anonymous ones of `multiprocessing`.
+to new processes as descriptors, semaphores are the anonymous ones of `multiprocessing`.
 
     Shared
       arenas[rank]     K and V of a rank                       written by it, read by its peers
@@ -34,11 +34,11 @@ ROW_MARGIN = 16
 """Positions of a row past `max_model_len`: steps run ahead of the host and may draw beyond it."""
 
 SPAWN = get_context("spawn")
-"""Workers are spawned, not forked: a fork would copy the engine's sockets and threads."""
+"""No process forks itself into another: that would copy sockets and threads."""
 
 
 class Region:
-    """Zeroed memory that spawned processes map; pickles into a process being spawned only.
+    """Zeroed memory that new processes map; pickles into a process being started only.
 
     Pages are committed when touched, so a generous size costs nothing.
     """

@@ -78,12 +78,13 @@ class RunningServer:
 
     def engine(self) -> psutil.Process:
         """The engine's process."""
-        (engine,) = _spawned(psutil.Process(self.process.pid))
+        (engine,) = _children(psutil.Process(self.process.pid), "multiprocessing.spawn")
         return engine
 
     def workers(self) -> list[psutil.Process]:
         """The workers' processes, in the order of their start, which is that of their ranks."""
-        return sorted(_spawned(self.engine()), key=lambda worker: worker.create_time())
+        (parent,) = _children(self.engine(), "multiprocessing.forkserver")
+        return sorted(parent.children(), key=lambda worker: worker.create_time())
 
     def state(self) -> dict[str, object]:
         return httpx.get(f"{self.url}/admin/state", timeout=30).raise_for_status().json()
@@ -99,9 +100,9 @@ class RunningServer:
         raise AssertionError(f"no line says {words!r}:\n" + "\n".join(self.lines))
 
 
-def _spawned(parent: psutil.Process) -> list[psutil.Process]:
-    """Children made by `multiprocessing`, without its resource tracker."""
-    return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+def _children(parent: psutil.Process, made_by: str) -> list[psutil.Process]:
+    """Its children that this module started."""
+    return [child for child in parent.children() if made_by in " ".join(child.cmdline())]
 
 
 def is_gone(process: psutil.Process) -> bool:

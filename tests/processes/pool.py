@@ -10,10 +10,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from nitsum.engine.launch import worker_context
 from nitsum.messages import WorkerSpec
 from nitsum.plan import all_groups
 from nitsum.shape import Geometry, ModelShape
-from nitsum.shared import SPAWN, Shared, allocate
+from nitsum.shared import Shared, allocate
 
 SHAPE = ModelShape(
     family="llama",
@@ -59,9 +60,10 @@ class Pool:
         self.shared = allocate(self.spec, self.geometry)
         self._connections: list[Connection] = []
         self._processes = []
+        context = worker_context("cpu")
         for _ in range(num_ranks):
-            ours, theirs = SPAWN.Pipe()
-            process = SPAWN.Process(target=_serve, args=(theirs, self.shared), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self.shared), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)

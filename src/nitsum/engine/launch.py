@@ -6,9 +6,11 @@ The entry point is a string that the child resolves, so this process never impor
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing.context import SpawnProcess
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
 from nitsum.config import EngineConfig
@@ -19,6 +21,8 @@ from nitsum.shared import DTYPE_BYTES, SPAWN, Shared, allocate
 
 ENTRY_POINT = "nitsum.worker.main:run"
 
+WorkerProcess = SpawnProcess | ForkServerProcess
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -26,7 +30,7 @@ class Generation:
 
     specs: tuple[WorkerSpec, ...]
     shared: Shared
-    processes: tuple[SpawnProcess, ...]
+    processes: tuple[WorkerProcess, ...]
 
 
 def launch(config: EngineConfig, shape: ModelShape, folder: Path) -> Generation:
@@ -122,8 +126,8 @@ def _geometry(config: EngineConfig, shape: ModelShape) -> Geometry:
     return Geometry(shape, config.max_tp, config.min_tp)
 
 
-def _start_all(specs: tuple[WorkerSpec, ...], shared: Shared) -> tuple[SpawnProcess, ...]:
-    processes: list[SpawnProcess] = []
+def _start_all(specs: tuple[WorkerSpec, ...], shared: Shared) -> tuple[WorkerProcess, ...]:
+    processes: list[WorkerProcess] = []
     try:
         for spec in specs:
             processes.append(_start(spec, shared))  # noqa: PERF401 - kept for the case of failure
@@ -134,18 +138,33 @@ def _start_all(specs: tuple[WorkerSpec, ...], shared: Shared) -> tuple[SpawnProc
     return tuple(processes)
 
 
-def _start(spec: WorkerSpec, shared: Shared) -> SpawnProcess:
-    process = SPAWN.Process(
+def _start(spec: WorkerSpec, shared: Shared) -> WorkerProcess:
+    process = worker_context(spec.device).Process(
         target=enter, args=(ENTRY_POINT, spec, shared), name=f"nitsum-rank{spec.rank}", daemon=True
     )
     process.start()
     return process
 
 
+def worker_context(device: str) -> SpawnContext | ForkServerContext:
+    """How ranks of `device` start: importing torch takes seconds, which CPU ranks share.
+
+    They are forked from a process that has imported the worker and has neither the engine's
+    sockets nor its threads; it stays for the next generation. A GPU rank sets its environment
+    before it loads torch, and macOS's libraries do not survive a fork: those import it themselves.
+    """
+    if device != "cpu" or sys.platform != "linux":
+        return SPAWN
+    context = get_context("forkserver")
+    context.set_forkserver_preload([ENTRY_POINT.partition(":")[0]])
+    return context
+
+
 def enter(entry_point: str, spec: WorkerSpec, shared: Shared) -> None:
     """In the child: resolve `module:function` and run it.
 
-    OpenMP reads the number of threads once, when torch is first imported.
+    OpenMP reads the number of threads once, when torch is first imported; where it already is, the
+    worker's own call decides.
     """
     os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
     module, _, function = entry_point.partition(":")
