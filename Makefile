@@ -26,17 +26,20 @@ CLIENTS := .venv-clients
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-gpu test-browser test-clients prove browser check lint types format clean
+.PHONY: help serve demo test test-alone test-processes test-gpu test-browser test-clients prove browser check lint types format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Creating the environment in $(VENV); the first time, this takes a few minutes."
 	@$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu, install python3-venv."; exit 1; }
-	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet -e '.[cpu,hf,dev]'
+	$(PY) -m pip install --quiet --no-compile "$(TORCH)"
+	$(PY) -m pip install --quiet --no-compile -e '.[cpu,hf,dev]'
+	@# Half of an installation is compiling, which pip does on one core. Like pip, this passes over
+	@# templates that are no Python.
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 serve: $(STAMP) ## Fetch the demo model and serve it (MODEL, RANKS, PORT, PLAN)
@@ -45,8 +48,14 @@ serve: $(STAMP) ## Fetch the demo model and serve it (MODEL, RANKS, PORT, PLAN)
 demo: $(STAMP) ## Watch chats stream while the layout changes under them (MODEL, DEMO_RANKS)
 	@$(VENV)/bin/nitsum demo $(MODEL) --ranks $(DEMO_RANKS)
 
-test: $(STAMP) ## Run the tests
-	$(PY) -m pytest -m "not gpu and not browser"
+test: test-alone test-processes ## Run the tests
+
+test-alone: export OMP_NUM_THREADS := 1
+test-alone: $(STAMP) ## Run the tests that start no server and no workers
+	$(PY) -m pytest -m "not gpu and not browser and not processes and not fault"
+
+test-processes: $(STAMP) ## Run the tests that start servers and workers
+	$(PY) -m pytest -m "not gpu and not browser and (processes or fault)"
 
 browser: ## Install Chromium and its driver (Debian, Ubuntu) where they are missing
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
@@ -71,7 +80,11 @@ prove: $(STAMP) ## Faults, malformed requests and the ledger at full size (half 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
-check: lint types test test-browser ## Lint, types and tests: what continuous integration runs
+# Two at a time, the longest first: servers and workers under test leave a core idle half of the
+# time. The output of each appears in one piece when it ends, where make can do that (4.0).
+CHECKS := test-processes browser lint types test-alone test-browser
+check: ## Lint, types and tests: what continuous integration runs
+	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(CHECKS)
 
 lint: $(STAMP) ## Check style
 	$(VENV)/bin/ruff check src tests
