@@ -83,8 +83,11 @@ class RunningServer:
 
     def workers(self) -> list[psutil.Process]:
         """The workers' processes, in the order of their start, which is that of their ranks."""
-        (parent,) = _children(self.engine(), "multiprocessing.forkserver")
-        return sorted(parent.children(), key=lambda worker: worker.create_time())
+        engine = self.engine()
+        workers = _children(engine, "multiprocessing.spawn")  # where they are not forked
+        for parent in _children(engine, "multiprocessing.forkserver"):
+            workers += parent.children()
+        return sorted(workers, key=lambda worker: worker.create_time())
 
     def state(self) -> dict[str, object]:
         return httpx.get(f"{self.url}/admin/state", timeout=30).raise_for_status().json()

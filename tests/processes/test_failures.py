@@ -48,8 +48,16 @@ def pids(executor: ProcessExecutor) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return Path(f"/proc/{pid}/stat").exists() and _stat(pid)[0] != "Z"
+
+
+def parent_of(pid: int) -> int:
+    return int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel says of a process, after its name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 def poll_until_dead(executor: ProcessExecutor, timeout_s: float) -> str:
@@ -76,6 +84,24 @@ def test_a_killed_worker_ends_the_generation_and_the_next_one_is_sound(driver: D
     driver.executor.start()
     assert driver.executor.num_sent(0) == 0
     assert tokens_of(driver.generate(BOTH, 4, GREEDY)) == before
+
+
+def test_ranks_of_all_generations_share_one_import_of_torch(driver: Driver):
+    """They come from one process, which outlives them."""
+    parents: set[int] = set()
+    for _ in range(2):
+        driver.executor.start()
+        parents |= {parent_of(pid) for pid in pids(driver.executor)}
+        driver.executor.close()
+    (parent,) = parents
+    assert parent != os.getpid()
+    assert "forkserver" in Path(f"/proc/{parent}/cmdline").read_text()
+    assert "torch" in Path(f"/proc/{parent}/maps").read_text()
+
+
+def test_gpu_ranks_import_torch_themselves():
+    """Each sets its environment before."""
+    assert launch.worker_context("cuda").get_start_method() == "spawn"
 
 
 def test_a_rank_that_stops_answering_is_named_by_its_peer(driver: Driver):
