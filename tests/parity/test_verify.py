@@ -88,8 +88,7 @@ def test_switching_changes_no_result(folders: dict[str, Path], name: str, num_ra
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_planted_fault_is_found(folders: dict[str, Path], name: str, fault: Fault):
-    report = run(folders[name], 2, fault, num_switches=3)
+    report = run(folders[name], 2, fault, num_switches=6)
     assert report.verdict == "fail"
     assert all(difference.logits > 0.1 for difference in report.against.values())
-    # Ten times what is tolerated; how much more depends on which blocks a switch happened to move.
-    assert all(difference.nll_difference > 0.001 for difference in report.against.values())
+    assert all(difference.nll_difference > 0.01 for difference in report.against.values())
