@@ -31,7 +31,7 @@ def bit_reverse(value: int, num_bits: int) -> int:
     return reversed_value
 
 
-class Group(msgspec.Struct, frozen=True, array_like=True, order=True):
+class Group(msgspec.Struct, frozen=True, array_like=True, order=True, cache_hash=True):
     """Ranks `index * degree .. (index + 1) * degree - 1`, working at TP `degree`."""
 
     degree: int

@@ -66,7 +66,7 @@ class LoadBook:
 
     def backlog_s(self, group: Group, level: int) -> float:
         """Work at the level and before it, on the group's busiest rank."""
-        sums = self._sums(group)
+        sums = self._sums_of.get(group) or self._sums(group)
         if len(sums) == 1:
             return sums[0][level]
         return max([up_to[level] for up_to in sums])

@@ -122,12 +122,12 @@ class Promises:
         """Whether the lane can promise a request of a TPOT tier: `num_prompt` positions to compute
         within `slack_s`, `num_tokens` to hold in the end."""
         level = self.tiers.index(tier)
-        if not self.can_decode(tier, num_tokens):
-            return False
         seconds = self.through_s(num_prompt)
         if self._ahead_s(level) + seconds > slack_s:
+            return False  # the test that a busy lane fails, and the cheapest
+        if any(entry.slack_s() < seconds for entry in self._levels[level + 1 :]):
             return False
-        return all(entry.slack_s() >= seconds for entry in self._levels[level + 1 :])
+        return self.can_decode(tier, num_tokens)
 
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
         """Whether it could if it had promised nothing: if not, load is not what is in the way."""
@@ -187,7 +187,10 @@ class Promises:
 
     def _ahead_s(self, level: int) -> float:
         """Until promised prompts of the level and those above it are through."""
-        return self._under_way_s() + sum(entry.backlog_s for entry in self._levels[: level + 1])
+        ahead_s = self._under_way_s()
+        for entry in self._levels[: level + 1]:
+            ahead_s += entry.backlog_s
+        return ahead_s
 
     def _under_way_s(self) -> float:
         """The steps that run or wait to run when a request arrives."""
@@ -209,8 +212,9 @@ class Promises:
         decodes = BatchShape(count, num_tokens, 0, 0, count)
         chunk = self._chunk_tokens()
         shape = with_prefill(decodes, PLANNED_CONTEXT, chunk, True) if chunk else decodes
-        spare_s = period_s - self._step_time(ONE_DECODE)
-        return self._step_time(shape) <= period_s - (1.0 - part) * spare_s
+        if part < 1.0:
+            period_s -= (1.0 - part) * (period_s - self._step_time(ONE_DECODE))
+        return self._step_time(shape) <= period_s
 
     def _chunk_tokens(self) -> int:
         """Tokens of the chunk in each planned step; 0 if the lane cannot keep its period."""
