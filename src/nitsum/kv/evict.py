@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nitsum.kv.blocks import Block
-from nitsum.kv.prefix import PrefixIndex
+from nitsum.kv.prefix import KEPT, PrefixIndex
 from nitsum.kv.units import UnitPool
 from nitsum.plan import Group
 
@@ -25,6 +25,8 @@ LOOKS_PER_PAGE = 4
 """Places looked at for each page that is wanted where large pages would do as well."""
 SAMPLED = 2
 """Candidates for each page that is wanted, of which the least valuable goes."""
+MOST_KEPT = 64
+"""Candidates that somebody comes back for which a search passes over, hoping for others."""
 
 
 class _Candidate(NamedTuple):
@@ -34,6 +36,11 @@ class _Candidate(NamedTuple):
     """When the last of them would be evicted: see `PrefixIndex.eviction_order`."""
     blocks: list[Block]
     num_pages: int
+
+    @property
+    def is_kept(self) -> bool:
+        """Somebody will come back for one of them."""
+        return self.price[0] == -KEPT
 
 
 class Eviction:
@@ -101,7 +108,7 @@ class Eviction:
             self._looked_at.pop((rank, order), None)
             return
         found = list(self._large(rank, order, lacking))
-        if sum(candidate.num_pages for candidate in found) >= lacking:
+        if sum(candidate.num_pages for candidate in found if not candidate.is_kept) >= lacking:
             most = min(most, LOOKS_PER_PAGE * lacking)
         found.extend(self._small(rank, order, lacking, most))
         found.sort(key=lambda candidate: candidate.price)
@@ -145,26 +152,35 @@ class Eviction:
     def _small(self, rank: int, order: int, count: int, most: int) -> Iterator[_Candidate]:
         """Places for a page where only smaller pages of idle blocks lie, or nothing."""
         if all(self.arena.page_order(group) >= order for group in self._idle_on(rank)):
+            self._looked_at.pop((rank, order), None)  # nothing is left to look for
             return
-        refs, owners, width = self.pools[rank].refs, self.owners[rank], 1 << order
-        num_places = len(refs) >> order
+        num_places = self.pools[rank].num_units >> order
         place = self._next_place.get((rank, order), 0)
-        num_found = num_looked_at = 0
+        num_found = num_kept = num_looked_at = 0
         while num_looked_at < min(most, num_places):
+            candidate = self._small_at(rank, order, place)
             num_looked_at += 1
-            first = place << order
             place = (place + 1) % num_places
-            if _is_hopeless(refs, owners, first, width):
-                continue
-            blocks = self._idle_in(rank, first, first + width)
-            if blocks and self.arena.page_order(blocks[0].group) < order:
-                price = max(map(self.prefixes.eviction_order, blocks))
-                yield _Candidate(price, blocks, 1)
-                num_found += 1
-            if num_found >= (count if num_looked_at >= FEW_REGIONS else SAMPLED * count):
+            if candidate is not None:
+                yield candidate
+                num_kept += candidate.is_kept
+                num_found += not candidate.is_kept
+            if num_found >= SAMPLED * count:
+                break
+            is_long = num_looked_at >= FEW_REGIONS or num_kept >= MOST_KEPT
+            if is_long and num_found + num_kept >= count:
                 break
         self._next_place[rank, order] = place
         self._looked_at[rank, order] = self._looked_at.get((rank, order), 0) + num_looked_at
+
+    def _small_at(self, rank: int, order: int, place: int) -> _Candidate | None:
+        first, width = place << order, 1 << order
+        if _is_hopeless(self.pools[rank].refs, self.owners[rank], first, width):
+            return None
+        blocks = self._idle_in(rank, first, first + width)
+        if not blocks or self.arena.page_order(blocks[0].group) >= order:
+            return None
+        return _Candidate(max(map(self.prefixes.eviction_order, blocks)), blocks, 1)
 
     def free_around(self, rank: int, first: int, last: int) -> bool:
         """Make units `first..last` free by evicting what is idle there; False, and nothing changed,
