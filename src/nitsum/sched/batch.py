@@ -196,7 +196,8 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) 
         lane.prefill_pace.note_step(taken, step.predicted_s)
     if not is_whole and lane.rules.slack:
         _note_left(lane, step, prefills, sum(taken))
-    lane.step_takes_tokens = lane.prefill_pace.tokens_per_s[0] * step.predicted_s
+    if step.chunks:  # an empty step says nothing about the next
+        lane.step_takes_tokens = lane.prefill_pace.tokens_per_s[0] * step.predicted_s
 
 
 def _note_left(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nitsum.bench.deciding import make_core
 from nitsum.request import Request, SamplingParams
 from nitsum.sched.composed import Composed
+from nitsum.sched.lane import LaneScheduler
 
 STEP_S = 0.016
 
@@ -71,3 +72,23 @@ def test_late_prompts_get_slots_as_the_steps_come_to_them():
         assert lane.lane.num_running <= 64
     assert num_done > 50
     assert num_put_back < 0.2 * num_done
+
+
+def test_late_prompts_come_to_their_turn_beside_a_lane_that_leaves_no_time():
+    """A step without anything says nothing about what the next one takes."""
+    lane = BusyLane()
+    neighbour = LaneScheduler(lane.lane.lane, lane.lane.setting)
+    lane.submit("priority", 1, 16)
+    (urgent,) = lane.core.sequences.values()
+    lane.lane.leave(urgent)
+    neighbour.add(urgent)
+    neighbour.next_start_s = 0.0
+    lane.lane.neighbours = [neighbour]
+    lane.submit("default", 3, 600, max_tokens=2)
+    late = [s for s in lane.core.sequences.values() if s.tier == "default"]
+    lane.now = 1.0
+    for sequence in late:
+        sequence.lost_after_s = sequence.first_due_s = sequence.missed_after_s = 0.0
+    for _ in range(100):
+        lane.step()
+    assert all(sequence.first_token_s is not None for sequence in late)
