@@ -232,8 +232,9 @@ class Core:
         for loop in sorted(loops, key=generation.turn_order()):
             if not loop.scheduler.has_work or not load.free_for(loop):
                 continue
-            if landing.lets_send(loop, now):
-                num_sent += self._step(loop)
+            if landing.lets_send(loop, now) and self._step(loop):
+                landing.note_sent(loop)
+                num_sent += 1
         return num_sent > 0
 
     def _step(self, loop: LaneLoop) -> bool:

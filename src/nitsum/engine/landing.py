@@ -25,7 +25,8 @@ TOGETHER_S = 1e-3
 LEAD_S = 0.01
 """The cut over should come so long before the last steps end: it takes the host a few ms."""
 MAX_STEPS = 8
-"""Steps after which it is given up: ends that no prompts can move apart stay where they are."""
+"""Steps after which it is given up: ends that no prompts can move together stay where they are. No
+lane is sent a step ahead from then on, so the cut over comes when those under way have ended."""
 
 
 class Landing:
@@ -75,6 +76,9 @@ class Landing:
         """Whether the lane may get its next step, and by when that should end."""
         if not self._is_aiming or loop not in self._loops:
             return True
+        if self._num_sent >= MAX_STEPS:
+            loop.scheduler.end_by_s = inf
+            return not loop.num_in_flight
         busy = self._busy()
         mine_s = self._end_s(loop) if loop.num_in_flight else now
         latest_s = max((self._end_s(other) for other in busy), default=now)
@@ -84,8 +88,11 @@ class Landing:
                 loop.scheduler.end_by_s = latest_s
         elif len(busy) > 1 and self._waits_for_others(busy, now):
             return False
-        self._num_sent += 1
         return True
+
+    def note_sent(self, loop: LaneLoop) -> None:
+        """The lane got a step."""
+        self._num_sent += self._is_aiming and loop in self._loops
 
     def _waits_for_others(self, busy: list[LaneLoop], now: float) -> bool:
         """Others will come to an end with the latest, or all have, in good time."""
