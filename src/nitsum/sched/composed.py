@@ -38,7 +38,7 @@ class Composed:
     start_s: float
     """When the step will start: the steps before it on its ranks are done by then."""
     num_new_blocks: int = 0
-    """Blocks of KV that prompts were given."""
+    """Blocks of KV that room was found for, of prompts."""
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     shape: BatchShape = field(default_factory=BatchShape)
     predicted_s: float = 0.0

@@ -159,7 +159,8 @@ def _admit(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed) -
         lane.kv.close(sequence.request_id)
         return False
     step.num_free_slots -= 1
-    step.num_new_blocks += len(lane.kv.tables[sequence.request_id].blocks)
+    num_blocks = len(lane.kv.tables[sequence.request_id].blocks)
+    step.num_new_blocks += num_blocks - num_cached // lane.kv.arena.block_tokens
     if not sequence.num_restarts:  # later hits are on its own earlier work
         sequence.num_cached = num_cached
     sequence.num_dispatched = sequence.num_computed = num_cached

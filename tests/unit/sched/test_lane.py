@@ -232,6 +232,17 @@ def test_a_burst_of_long_prompts_gets_its_room_over_several_steps():
     assert {machine.ended[name] for name in ids} == {"length"}
 
 
+def test_prompts_that_are_cached_need_no_room_and_start_together():
+    machine = one_rank(num_blocks=4000, max_batch_tokens=64, max_num_seqs=16)
+    prompt = list(range(600))  # 150 blocks
+    machine.submit(prompt, max_tokens=2)
+    machine.drain()
+    ids = [machine.submit([*prompt, i], max_tokens=2) for i in range(8)]
+    machine.turn()
+    assert set(ids) <= set(machine.core.generation.kv.tables)
+    machine.drain()
+
+
 def test_fcfs_takes_chunks_as_large_as_a_step():
     machine = one_rank(
         num_blocks=1200, max_batch_tokens=2048, cost=FixedCost(0.01, 1e-4), policy="fcfs"
