@@ -99,6 +99,21 @@ def test_ranks_of_all_generations_share_one_import_of_torch(driver: Driver):
     assert "torch" in Path(f"/proc/{parent}/maps").read_text()
 
 
+def test_the_process_that_ranks_are_forked_from_may_end(driver: Driver):
+    """Its end is that of the generation, and the next one has another."""
+    driver.executor.start()
+    before = tokens_of(driver.generate(BOTH, 4, GREEDY))
+    old = pids(driver.executor)
+    os.kill(parent_of(old[0]), signal.SIGKILL)
+    poll_until_dead(driver.executor, 10)
+    deadline_s = time.monotonic() + 10
+    while any(is_alive(pid) for pid in old):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    driver.executor.start()
+    assert tokens_of(driver.generate(BOTH, 4, GREEDY)) == before
+
+
 def test_gpu_ranks_import_torch_themselves():
     """Each sets its environment before."""
     assert launch.worker_context("cuda").get_start_method() == "spawn"
