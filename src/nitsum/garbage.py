@@ -2,7 +2,8 @@
 
 A full collection walks every block of the KV accounting, or every module of a library: 15 to 25 ms
 in the middle of a turn, every few seconds under load. It finds next to nothing, since what requests
-leave behind is not cyclic. So it is left to times without work.
+leave behind is not cyclic. So the engine leaves it to times without work, and workers, which never
+know of such a time, do none.
 """
 
 from __future__ import annotations

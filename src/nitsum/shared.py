@@ -34,7 +34,7 @@ ROW_MARGIN = 16
 """Positions of a row past `max_model_len`: steps run ahead of the host and may draw beyond it."""
 
 SPAWN = get_context("spawn")
-"""No process forks itself into another: that would copy sockets and threads."""
+"""No process with sockets or threads is forked: both would be copied."""
 
 
 class Region:

@@ -147,7 +147,8 @@ def _longest_before(record: RequestRecord, span: _Span) -> float | None:
     start_s = 2 * span.proposed_s - span.settled_s
     if start_s < max(span.old_s, record.token_times[0]):
         return None
-    return max((b - a for a, b in _gaps(record) if b > start_s and b <= span.proposed_s), default=0)
+    gaps = (b - a for a, b in _gaps(record) if start_s < b <= span.proposed_s)
+    return max(gaps, default=0.0)
 
 
 def _gaps(record: RequestRecord) -> Iterator[tuple[float, float]]:

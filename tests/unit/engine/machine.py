@@ -105,6 +105,8 @@ class Machine:
         self.run()
         for _ in range(20):
             self.turn()
+        for loop in self.core.generation.loops.values():
+            assert not loop.scheduler.is_closing, "the lane takes nobody in any more"
         for request_id, request in self.requests.items():
             assert request_id in self.ended, f"{request_id} never ended"
             if self.ended[request_id] in ("stop", "length"):
