@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.popen_forkserver import Popen
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,21 @@ def test_the_process_that_ranks_are_forked_from_may_end(driver: Driver):
         time.sleep(0.05)
     driver.executor.start()
     assert tokens_of(driver.generate(BOTH, 4, GREEDY)) == before
+
+
+def test_ranks_that_cannot_be_started_may_be_started_again(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+):
+    """As when the process to fork from ends at that moment: the engine tries once more."""
+
+    def fail(_self: Popen, _process: BaseProcess) -> None:
+        raise EOFError("unexpected EOF")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Popen, "_launch", fail)
+        with pytest.raises(WorkerDied, match="could not be started"):
+            driver.executor.start()
+    assert len(driver.executor.start()) == 2
 
 
 def test_gpu_ranks_import_torch_themselves():

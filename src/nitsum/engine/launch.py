@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnC
 from pathlib import Path
 
 from nitsum.config import EngineConfig
-from nitsum.errors import ConfigError, require_torch
+from nitsum.errors import ConfigError, WorkerDied, require_torch
 from nitsum.messages import WorkerSpec
 from nitsum.shape import Geometry, ModelShape
 from nitsum.shared import DTYPE_BYTES, SPAWN, Shared, allocate
@@ -36,7 +36,8 @@ class Generation:
 def launch(config: EngineConfig, shape: ModelShape, folder: Path) -> Generation:
     """Start a process for every rank; their sockets go into `folder`, which must be fresh.
 
-    Raises `MissingDependency` without torch, `ConfigError` when the KV arena is too small.
+    Raises `MissingDependency` without torch, `ConfigError` when the KV arena is too small,
+    `WorkerDied` when a process could not be started.
     """
     require_torch()
     specs = worker_specs(config, shape, folder)
@@ -131,9 +132,11 @@ def _start_all(specs: tuple[WorkerSpec, ...], shared: Shared) -> tuple[WorkerPro
     try:
         for spec in specs:
             processes.append(_start(spec, shared))  # noqa: PERF401 - kept for the case of failure
-    except BaseException:
+    except BaseException as error:
         for process in processes:
             process.kill()
+        if isinstance(error, (OSError, EOFError)):  # the process to fork from ended meanwhile
+            raise WorkerDied(f"A worker could not be started: {error!r}") from error
         raise
     return tuple(processes)
 
