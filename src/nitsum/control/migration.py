@@ -62,7 +62,7 @@ class SequenceMove(NamedTuple):
 class WaveTimes:
     proposed_s: float
     filled_s: float = 0.0
-    """All its requests were reserved for the first time."""
+    """All its requests were reserved for the first time; 0 while they are not."""
     cut_over_s: float = 0.0
     done_s: float = 0.0
 

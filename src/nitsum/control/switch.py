@@ -46,14 +46,15 @@ class Switch:
     def record(self, wave: Wave) -> None:
         """The wave is finished."""
         times, totals = wave.times, wave.totals
+        filled_s = times.filled_s or times.cut_over_s  # cut short for lack of room
         self.waves.append(
             WaveReport(
                 num_requests=len(totals.moved),
                 num_cached_blocks=0,
                 bytes_moved=totals.bytes_moved,
                 units_in_place=totals.units_in_place,
-                propose_s=times.filled_s - times.proposed_s,
-                precopy_s=times.cut_over_s - times.filled_s,
+                propose_s=filled_s - times.proposed_s,
+                precopy_s=times.cut_over_s - filled_s,
                 cutover_s=times.done_s - times.cut_over_s,
             )
         )

@@ -84,6 +84,8 @@ def test_soak_reaches_what_it_is_for():
         machine.drain()
         num_relocations += relocations[0]
         num_switches += sum(report.ok for report in machine.reports)
+        for wave in (wave for report in machine.reports for wave in report.waves):
+            assert min(wave.propose_s, wave.precopy_s, wave.cutover_s) >= 0
     assert sum(used) / len(used) > 0.5
     assert max(used) > 0.95
     assert num_relocations > 10
