@@ -121,7 +121,9 @@ class Core:
             self.committer.finish(self.generation, sequence, "abort")
 
     def switch(self, op_id: str, plan: str, reason: str = "asked for") -> None:
-        """Go to a plan; the report comes out of `turn` when the switch has ended."""
+        """Go to a plan, unless this was done before; `turn` tells how it went when it has ended."""
+        if self.outbox.repeat(op_id):
+            return
         switcher = self.generation.switcher
         try:
             report = switcher.start(op_id, self.config.plans[plan], reason)
@@ -129,7 +131,7 @@ class Core:
             current = switcher.plan.name
             report = SwitchReport(op_id, current, plan, ok=False, message=str(error))
         if report is not None:
-            self.outbox.put(report)
+            self.outbox.report(report)
 
     def drain(self) -> None:
         """Accept no more; finish what is here."""
@@ -200,7 +202,7 @@ class Core:
 
     def _switch(self) -> None:
         for report in self.generation.advance_moves():
-            self.outbox.put(report)
+            self.outbox.report(report)
 
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
@@ -301,7 +303,7 @@ class Core:
         started_s = self.clock.now()
         old = self.generation
         for report in old.switcher.abandon(f"{death} The workers start anew in this plan."):
-            self.outbox.put(report)
+            self.outbox.report(report)
         self._start_workers()
         self.generation = self._new_generation(old.switcher.plan.name)
         self.generation_number += 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from nitsum.errors import ApiError
-from nitsum.messages import FromEngine, Output, TokenLogprobs
+from nitsum.messages import FromEngine, Output, SwitchReport, TokenLogprobs
 from nitsum.request import Request, Sequence
+
+_MAX_DONE = 1024
+"""Switches that are remembered by their operation ids."""
 
 
 class Outbox:
@@ -12,9 +15,26 @@ class Outbox:
 
     def __init__(self) -> None:
         self._messages: list[FromEngine] = []
+        self._done: dict[str, SwitchReport] = {}
+        """Reports of switches that were done, the oldest first."""
 
     def put(self, message: FromEngine) -> None:
         self._messages.append(message)
+
+    def report(self, report: SwitchReport) -> None:
+        """A switch has ended."""
+        self.put(report)
+        if report.ok:
+            self._done[report.op_id] = report
+        if len(self._done) > _MAX_DONE:
+            del self._done[next(iter(self._done))]
+
+    def repeat(self, op_id: str) -> bool:
+        """Report once more how a switch went; False if none of this id was done."""
+        if op_id not in self._done:
+            return False
+        self.put(self._done[op_id])
+        return True
 
     def put_tokens(
         self,

@@ -111,6 +111,36 @@ def test_everybody_who_asks_for_a_switch_hears_of_its_end():
     assert all(report.ok for report in machine.reports)
 
 
+def test_asking_again_for_a_switch_that_was_done_changes_nothing():
+    machine = Machine(seed=2)
+    machine.core.switch("op", "TP4")
+    machine.drain()
+    machine.core.switch("back", "4xTP1")
+    machine.drain()
+    machine.core.switch("op", "TP4")
+    machine.core.switch("op", "4xTP1")
+    machine.drain()
+    first, _, again, other = machine.reports
+    assert first.ok
+    assert again == other == first
+    assert machine.core.status("x").plan == "4xTP1"
+
+
+def test_a_switch_that_was_not_done_can_be_asked_for_again():
+    machine = Machine(seed=2)
+    for i in range(4):
+        machine.submit([i] * 9, max_tokens=8)
+    machine.turn()
+    machine.core.switch("first", "TP4")
+    machine.core.switch("second", "2xTP2")
+    machine.drain()
+    machine.core.switch("second", "2xTP2")
+    machine.drain()
+    ended = [(report.op_id, report.ok) for report in machine.reports]
+    assert ended == [("second", False), ("first", True), ("second", True)]
+    assert machine.core.status("x").plan == "2xTP2"
+
+
 def test_a_worker_that_dies_in_a_switch_leaves_the_new_plan_in_force():
     machine = Machine(seed=2)
     for i in range(4):
