@@ -76,6 +76,10 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 4, "max_tokens": 5}, "max_completion_tokens"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
 ]
 
 CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
@@ -111,8 +115,7 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
         "messages[0].tool_calls[0].function.arguments",
     ),
     ({"messages": [{"role": "user", "content": "x " * MAX_MODEL_LEN}]}, "messages"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"max_completion_tokens": 4, "max_tokens": 5}, "max_completion_tokens"),
+    ({"prompt": "x"}, "prompt"),
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -152,8 +155,23 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 1, "echo": True}, "echo"),
-    ({"best_of": 2}, "best_of"),
-    ({"suffix": "x"}, "suffix"),
+    ({"messages": MESSAGES}, "messages"),
+    ({"tools": [TOOL]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"store": True}, "store"),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs"),
+]
+
+TOKENIZE: list[tuple[dict[str, Any], str]] = [
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"chat_template": "x"}, "chat_template"),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs"),
+    ({"tools": [TOOL]}, "tools"),
+    ({"prompt": "x"}, "prompt"),
 ]
 
 
@@ -169,6 +187,11 @@ def refused(bench: Bench, path: str, body: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize(("fields", "param"), BOTH + CHAT_ONLY, ids=str)
 def test_bad_fields_of_chat(bench: Bench, fields: dict[str, Any], param: str) -> None:
     refused(bench, "/v1/chat/completions", {"messages": MESSAGES, **fields}, param)
+
+
+@pytest.mark.parametrize(("fields", "param"), TOKENIZE, ids=str)
+def test_bad_fields_of_tokenize(bench: Bench, fields: dict[str, Any], param: str) -> None:
+    refused(bench, "/tokenize", {"messages": MESSAGES, **fields}, param)
 
 
 @pytest.mark.parametrize(("fields", "param"), BOTH + COMPLETION_ONLY, ids=lambda v: str(v)[:40])

@@ -118,8 +118,7 @@ def answer_length(body: ChatBody | CompletionBody, room: int, limits: Limits) ->
     if asked is None:
         return min(room, _COMPLETION_TOKENS) if isinstance(body, CompletionBody) else room
     if asked > room:
-        in_chat = isinstance(body, ChatBody) and body.max_completion_tokens is not None
-        param = "max_completion_tokens" if in_chat else "max_tokens"
+        param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         raise bad_request(
             f"{param} is {asked}, but the prompt leaves {room} of the {limits.max_model_len} "
             f"tokens of this model's context. Ask for less, or leave {param} out.",
@@ -129,10 +128,8 @@ def answer_length(body: ChatBody | CompletionBody, room: int, limits: Limits) ->
     return asked
 
 
-def _asked_max_tokens(body: ChatBody | CompletionBody) -> int | None:
+def _asked_max_tokens(body: CommonBody) -> int | None:
     """The longest answer the caller wants, None where it leaves that open."""
-    if isinstance(body, CompletionBody):
-        return body.max_tokens
     check_range(body.max_completion_tokens, "max_completion_tokens", 1, _INT32_MAX)
     if body.max_completion_tokens is None:
         return body.max_tokens

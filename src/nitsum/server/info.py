@@ -11,7 +11,7 @@ from nitsum.messages import Status
 from nitsum.server.chat import prompt_tokens
 from nitsum.server.fields import check_token
 from nitsum.server.respond import json_response
-from nitsum.server.schema import DetokenizeBody, TokenizeBody, parse_body
+from nitsum.server.schema import TOKENIZE_REFUSED, DetokenizeBody, TokenizeBody, parse_body
 from nitsum.server.service import Service, inline_or_thread, read_body, service_of
 from nitsum.tier import Tier
 
@@ -69,7 +69,7 @@ def _ms(seconds: float | None) -> float | None:
 async def tokenize(http: HttpRequest) -> Response:
     """Tokens of a text, or of a conversation as it would be sent to the model."""
     service = service_of(http)
-    body = parse_body(await read_body(http), TokenizeBody)
+    body = parse_body(await read_body(http), TokenizeBody, TOKENIZE_REFUSED)
     service.check_model(body.model)
     tokens = await _tokenize(service, body)
     found: dict[str, object] = {

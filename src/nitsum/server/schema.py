@@ -49,6 +49,8 @@ class CommonBody(CallerBody, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    """OpenAI's new name for `max_tokens`, in chats; taken everywhere."""
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -130,7 +132,6 @@ class ResponseFormat(msgspec.Struct):
 
 class ChatBody(CommonBody, kw_only=True):
     messages: list[Message]
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
@@ -183,15 +184,16 @@ _COMMON_REFUSED: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-CHAT_REFUSED: Mapping[str, tuple[object, ...]] = {
-    **_COMMON_REFUSED,
+_TEMPLATE_REFUSED: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
-    "audio": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
+}
+# Of conversations; by mistake they also reach text completions.
+_CHAT_FIELDS_REFUSED: Mapping[str, tuple[object, ...]] = {
+    **_TEMPLATE_REFUSED,
+    "audio": (),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
@@ -201,11 +203,31 @@ CHAT_REFUSED: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+CHAT_REFUSED: Mapping[str, tuple[object, ...]] = {
+    **_COMMON_REFUSED,
+    **_CHAT_FIELDS_REFUSED,
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "prompt": (),
+    "suffix": ("",),
+}
 COMPLETION_REFUSED: Mapping[str, tuple[object, ...]] = {
     **_COMMON_REFUSED,
+    **_CHAT_FIELDS_REFUSED,
     "add_special_tokens": (True,),
+    "chat_template_kwargs": ({},),
+    "messages": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (),
+}
+TOKENIZE_REFUSED: Mapping[str, tuple[object, ...]] = {
+    **_TEMPLATE_REFUSED,
+    "chat_template_kwargs": ({},),
+    "tools": ([],),
 }
 EMBEDDING_REFUSED: Mapping[str, tuple[object, ...]] = {
     "add_special_tokens": (True,),
