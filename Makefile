@@ -26,7 +26,7 @@ CLIENTS := .venv-clients
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-alone test-processes test-gpu test-browser test-clients prove browser check lint types format clean
+.PHONY: help serve demo test test-alone test-processes test-gpu test-browser test-clients prove browser database check lint types format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,12 @@ browser: ## Install Chromium and its driver (Debian, Ubuntu) where they are miss
 		DEBIAN_FRONTEND=noninteractive $(AS_ROOT) apt-get install -y -qq --no-install-recommends \
 			chromium chromium-driver fonts-dejavu-core; }
 
+database: ## Install PostgreSQL (Debian, Ubuntu) where it is missing; nothing of it needs to run
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
+		$(AS_ROOT) apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive $(AS_ROOT) apt-get install -y -qq --no-install-recommends \
+			postgresql; }
+
 test-browser: $(STAMP) browser ## Look at the dashboard in a headless browser
 	NITSUM_NEED_BROWSER=1 $(PY) -m pytest -m browser
 
@@ -82,8 +88,10 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 
 # Two at a time, the longest first: servers and workers under test leave a core idle half of the
 # time. The output of each appears in one piece when it ends, where make can do that (4.0).
-CHECKS := test-processes browser lint types test-alone test-browser
-check: ## Lint, types and tests: what continuous integration runs
+# Nothing is passed over for want of a package: both are installed before.
+CHECKS := test-processes lint types test-alone test-browser
+check: export NITSUM_NEED_DATABASE := 1
+check: browser database ## Lint, types and tests: what continuous integration runs
 	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(CHECKS)
 
 lint: $(STAMP) ## Check style
