@@ -36,6 +36,16 @@ class Served:
         self.api = f"{url}/v1"
         self.model = model
 
+    def num_served(self, tier: str) -> float:
+        """Requests that asked for a tier and got it, for clients that do not show their tier."""
+        import httpx
+
+        line = (
+            f'nitsum:requests_total{{outcome="ok",tier_requested="{tier}",tier_served="{tier}"}} '
+        )
+        found = httpx.get(f"{self.url}/metrics").text.partition(line)[2]
+        return float(found.split("\n")[0] or 0)
+
 
 @pytest.fixture(scope="session")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):

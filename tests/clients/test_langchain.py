@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import openai
 import pytest
+from asked import CITIES, City, River
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 
 @tool
-def get_weather(city: str) -> str:
+def get_weather(city: City) -> str:
     """Weather of a city."""
     return f"12 degrees in {city}"
 
@@ -46,6 +47,23 @@ def test_a_conversation_with_tools(served):
     ]
     answer = model(served).bind_tools([get_weather]).invoke(messages)
     assert answer.content or answer.tool_calls
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_forced_tool_call(served, streamed):
+    made = model(served, max_tokens=60)
+    how = {"tool_choice": "any", "strict": True, "parallel_tool_calls": False}
+    asked = made.bind_tools([get_weather], **how)
+    pieces = list(asked.stream("x")) if streamed else [asked.invoke("x")]
+    answer = sum(pieces[1:], pieces[0])
+    assert answer.tool_calls[0]["name"] == "get_weather"
+    assert answer.tool_calls[0]["args"]["city"] in CITIES
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_an_answer_that_keeps_to_a_schema(served, method):
+    asked = model(served, max_tokens=60).with_structured_output(River, method=method)
+    assert isinstance(asked.invoke("Name a river."), River)
 
 
 def test_errors(served):

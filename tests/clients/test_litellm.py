@@ -6,8 +6,11 @@ import os
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its price list, from the package
 
+import json
+
 import litellm
 import pytest
+from asked import CITIES, WEATHER, River
 
 MESSAGES = [{"role": "user", "content": "Name a river."}]
 
@@ -33,9 +36,25 @@ def test_tiers(served):
     assert complete(served, service_tier="flex").service_tier == "flex"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_forced_tool_call(served, streamed):
+    asked = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 60}
+    asked |= {"parallel_tool_calls": False}
+    answer = complete(served, **asked, stream=streamed)
+    if streamed:
+        answer = litellm.stream_chunk_builder(list(answer))
+    called = answer.choices[0].message.tool_calls[0].function
+    assert called.name == "get_weather"
+    assert json.loads(called.arguments)["city"] in CITIES
+
+
+def test_an_answer_that_keeps_to_a_schema(served):
+    answer = complete(served, response_format=River, max_tokens=60)
+    River.model_validate_json(answer.choices[0].message.content)
+
+
 def test_tools_are_offered(served):
-    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
-    answer = complete(served, tools=[{"type": "function", "function": function}])
+    answer = complete(served, tools=[WEATHER])
     assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
 
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import openai
 import pytest
+from asked import CITIES, WEATHER, River
 
 MESSAGES: Any = [{"role": "user", "content": "Name a river."}]
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}},
-            "required": ["city"],
-        },
-    },
-}
 
 
 @pytest.fixture
@@ -79,10 +69,47 @@ def test_a_conversation_with_tools(client, served):
         {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"},
     ]
     answer = client.chat.completions.create(
-        model=served.model, messages=messages, tools=[TOOL], max_tokens=16
+        model=served.model, messages=messages, tools=[WEATHER], max_tokens=16
     )
     message = answer.choices[0].message
     assert message.content or message.tool_calls
+
+
+def test_a_forced_tool_call(client, served):
+    asked: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 60}
+    asked |= {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**asked, temperature=0).choices[0]
+    with client.chat.completions.stream(**asked, temperature=0) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert whole.finish_reason == streamed.finish_reason == "tool_calls"
+    (call,), (other,) = whole.message.tool_calls, streamed.message.tool_calls
+    assert (call.function.name, call.function.arguments) == (
+        "get_weather",
+        other.function.arguments,
+    )
+    assert json.loads(call.function.arguments)["city"] in CITIES
+
+
+def test_an_answer_that_keeps_to_a_schema(client, served):
+    answer = client.chat.completions.parse(
+        model=served.model, messages=MESSAGES, response_format=River, max_tokens=60
+    )
+    assert isinstance(answer.choices[0].message.parsed, River)
+
+
+def test_a_batch(client, served):
+    body = {"model": served.model, "messages": MESSAGES, "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    file = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    while batch.status not in ("completed", "failed"):
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    (answer,) = map(json.loads, client.files.content(batch.output_file_id).text.splitlines())
+    assert answer["response"]["body"]["service_tier"] == "batch"
+    assert batch.id in [one.id for one in client.batches.list()]
 
 
 def test_logprobs_and_several_choices(client, served):
