@@ -128,8 +128,7 @@ class Core:
         try:
             report = switcher.start(op_id, self.config.plans[plan], reason)
         except (SwitchRefused, ConfigError) as error:
-            current = switcher.plan.name
-            report = SwitchReport(op_id, current, plan, ok=False, message=str(error))
+            report = SwitchReport(op_id, switcher.plan.name, plan, ok=False, message=str(error))
         if report is not None:
             self.outbox.report(report)
 
@@ -389,8 +388,7 @@ class Core:
 
     def _emit_arrived(self, request: Request) -> None:
         deadline_s = self.memory.chains.deadline_s(request)
-        tier = self.tiers[request.tier]
-        emit_arrived(self.sink, request, tier, self.clock.now(), deadline_s)
+        emit_arrived(self.sink, request, self.tiers[request.tier], self.clock.now(), deadline_s)
 
 
 def max_request_tokens(config: EngineConfig, arena: ArenaShape) -> int:
