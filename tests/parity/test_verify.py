@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitsum.bench.parity import Report
+from nitsum.bench.parity import TOLERANCES, Report
 from nitsum.bench.scenario import Scenario, engine_config
 from nitsum.bench.verify import verify
 from nitsum.messages import Fault
@@ -91,4 +91,6 @@ def test_a_planted_fault_is_found(folders: dict[str, Path], name: str, fault: Fa
     report = run(folders[name], 2, fault, num_switches=6)
     assert report.verdict == "fail"
     assert all(difference.logits > 0.1 for difference in report.against.values())
-    assert all(difference.nll_difference > 0.01 for difference in report.against.values())
+    # By the mean alone, too. How far it is off depends on which blocks a switch happened to move.
+    tolerance = TOLERANCES["float32"].nll
+    assert all(difference.nll_difference > tolerance for difference in report.against.values())
