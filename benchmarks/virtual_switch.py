@@ -4,14 +4,13 @@ The same streams, arena and switches as on the machine it names, over ranks that
 a cost model gives them. What Python takes is not in it (`python -m nitsum.bench.turns` has that),
 nor are copies that slow steps down. A step's time and the order of steps are.
 
-    python -m benchmarks.virtual_switch --switches 10
+    python -m benchmarks.virtual_switch --model FOLDER [--switches 10]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from nitsum.bench.driver import Driver
@@ -28,7 +27,7 @@ GIB = 1 << 30
 
 def measure(options: Options, machine: Machine) -> Result:
     shape = ModelShape.from_folder(options.model)
-    config = replace(engine_config(options), device="cuda")
+    config = engine_config(options)
     recorder = Recorder()
     driver = Driver(config, VirtualMachine(config, shape, machine), recorder)
     run = Run(options, driver, recorder, shape, lambda *_: None)
@@ -49,6 +48,7 @@ def main() -> None:
     options = Options(
         model=args.model,
         plans=read_plans(["2xTP1", "TP2"], 2),
+        device="cuda",
         dtype="bfloat16",
         fill="cache",
         kv_bytes=int(args.kv_gib * GIB),

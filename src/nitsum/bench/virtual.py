@@ -10,8 +10,9 @@ from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Machine
 from nitsum.engine.core import Core
 from nitsum.engine.launch import num_units
-from nitsum.kv.cache import ArenaShape
-from nitsum.shape import Geometry, ModelShape
+from nitsum.engine.process import arena_of
+from nitsum.messages import Ready
+from nitsum.shape import ModelShape
 from nitsum.shared import DTYPE_BYTES
 from nitsum.sim.executor import SimExecutor
 
@@ -21,19 +22,14 @@ class VirtualMachine:
 
     def __init__(self, config: EngineConfig, shape: ModelShape, machine: Machine) -> None:
         """Raises `ConfigError` when not even one block fits; `config.kv_bytes` must be given."""
-        geometry = Geometry(shape, config.max_tp, config.min_tp)
-        dtype_bytes = DTYPE_BYTES[config.dtype]
-        self.arena = ArenaShape(
-            num_ranks=config.num_ranks,
-            num_units=num_units(config, shape),
-            units_per_block=geometry.num_units,
-            block_tokens=config.block_tokens,
-            min_degree=config.plans.degrees[0],
-            unit_bytes=geometry.unit_bytes(config.block_tokens, dtype_bytes),
-        )
+        self.arena = arena_of(config, shape, [Ready(0, num_units(config, shape), {}, {})])
         self.clock = VirtualClock()
         self.cost = AnalyticCost(
-            shape, machine, max_tp=config.max_tp, min_tp=config.min_tp, dtype_bytes=dtype_bytes
+            shape,
+            machine,
+            max_tp=config.max_tp,
+            min_tp=config.min_tp,
+            dtype_bytes=DTYPE_BYTES[config.dtype],
         )
         self.executor = SimExecutor(self.arena, self.cost, self.clock, copies_beside=True)
 

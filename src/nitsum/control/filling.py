@@ -88,8 +88,9 @@ class Filling:
         elif is_full:
             if self.full_since is None:
                 self.full_since = self.lanes.last_sent
-            wave.times.filled_s = wave.times.filled_s or self.lanes.now()
-            self.is_closing = self._is_worth_closing()
+                wave.times.filled_s = self.lanes.now()
+            num_steps = self.lanes.last_sent - self.full_since
+            self.is_closing = num_steps >= PATIENCE_STEPS or self._is_worth_closing()
 
     def add_late(self, num_blocks: int) -> None:
         """Take along who came since: left behind, a request would keep its old lane going."""
@@ -204,8 +205,7 @@ class Filling:
         self.is_closing = True
 
     def _is_worth_closing(self) -> bool:
-        """Whether what would be left to copy is small, or has not become so for long."""
+        """Whether what would be left to copy is small."""
         wave = self.wave
         num_left = sum(map(wave.num_left, wave.moves.values()))
-        waited = 0 if self.full_since is None else self.lanes.last_sent - self.full_since
-        return num_left <= TAIL_BLOCKS * (len(wave.moves) + 1) or waited >= PATIENCE_STEPS
+        return num_left <= TAIL_BLOCKS * (len(wave.moves) + 1)

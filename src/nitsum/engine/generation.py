@@ -339,21 +339,19 @@ class Generation:
             loop.scheduler.is_new = True
         else:
             loop.lane = loop.scheduler.lane = lane
-            loop.draining = False
+            loop.scheduler.drains = False
         self._meet_neighbours()
 
     def _meet_neighbours(self) -> None:
-        """Lanes that share ranks watch each other's slack, and take turns while one drains."""
+        """Lanes that share ranks watch each other's slack."""
         loops = self.loops.values()
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]
-            loop.scheduler.drains = loop.draining
 
     def drain_lane(self, group: Group) -> None:
         loop = self.loops[group]
-        loop.draining = True
-        self._meet_neighbours()
+        loop.scheduler.drains = True
         self.route_waiting(group)
 
     def route_waiting(self, group: Group) -> None:

@@ -42,9 +42,10 @@ class Landing:
 
     def begin(self, groups: Iterable[Group]) -> None:
         """Nobody new gets KV in these lanes."""
-        if not self._loops:
-            self._loops = [self._lanes[group] for group in groups if group in self._lanes]
-            self._num_sent, self._is_aiming = 0, False
+        if self._loops:
+            return
+        self._loops = [self._lanes[group] for group in groups if group in self._lanes]
+        self._num_sent, self._is_aiming = 0, False
         for loop in self._loops:
             loop.scheduler.is_closing = True
 
@@ -65,12 +66,9 @@ class Landing:
         busy = self._busy()
         if any(loop.num_in_flight > 1 for loop in busy):
             return False
-        ends = [self._end_s(loop) for loop in busy]
-        if not ends:
+        if not busy or self._num_sent >= MAX_STEPS:
             return True
-        if max(ends) - min(ends) > TOGETHER_S and self._num_sent < MAX_STEPS:
-            return False
-        return self._num_sent >= MAX_STEPS or max(ends) - now >= self._lead_s(busy)
+        return self._end_together(busy) and self._is_early(busy, now)
 
     def lets_send(self, loop: LaneLoop, now: float) -> bool:
         """Whether the lane may get its next step, and by when that should end."""
@@ -86,22 +84,22 @@ class Landing:
         if latest_s - mine_s > TOGETHER_S:
             if mine_s + loop.scheduler.decode_s <= latest_s + TOGETHER_S:
                 loop.scheduler.end_by_s = latest_s
-        elif len(busy) > 1 and self._waits_for_others(busy, now):
-            return False
+        elif len(busy) > 1 and (not self._end_together(busy) or self._is_early(busy, now)):
+            return False  # others will come to an end with it, or all have, in good time
         return True
 
     def note_sent(self, loop: LaneLoop) -> None:
         """The lane got a step."""
         self._num_sent += self._is_aiming and loop in self._loops
 
-    def _waits_for_others(self, busy: list[LaneLoop], now: float) -> bool:
-        """Others will come to an end with the latest, or all have, in good time."""
+    def _end_together(self, busy: list[LaneLoop]) -> bool:
         ends = [self._end_s(loop) for loop in busy]
-        return max(ends) - min(ends) > TOGETHER_S or max(ends) - now >= self._lead_s(busy)
+        return max(ends) - min(ends) <= TOGETHER_S
 
-    def _lead_s(self, busy: list[LaneLoop]) -> float:
-        """Of short steps, half is enough."""
-        return min(LEAD_S, *(0.5 * self._load.last_s[loop.group.leader] for loop in busy))
+    def _is_early(self, busy: list[LaneLoop], now: float) -> bool:
+        """Whether a cut over now would come early enough; of short steps, half is."""
+        lead_s = min(LEAD_S, *(0.5 * self._load.last_s[loop.leader] for loop in busy))
+        return max(map(self._end_s, busy)) - now >= lead_s
 
     def _busy(self) -> list[LaneLoop]:
         return [loop for loop in self._loops if loop.num_in_flight]

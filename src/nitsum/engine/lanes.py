@@ -24,7 +24,6 @@ class LaneLoop:
     lane: Lane
     """May get another role, never another group."""
     scheduler: LaneScheduler
-    draining: bool = False
     num_in_flight: int = 0
     last_sent: int = 0
     """Number of the last step sent: lanes that share ranks take turns by it."""
@@ -32,6 +31,10 @@ class LaneLoop:
     def __post_init__(self) -> None:
         self.group: Group = self.lane.group
         self.leader: int = self.group.leader
+
+    @property
+    def draining(self) -> bool:
+        return self.scheduler.drains
 
 
 @dataclass(frozen=True)

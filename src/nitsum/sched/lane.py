@@ -235,7 +235,7 @@ class LaneScheduler:
         return self.setting.cost.step_time(self.lane, shape)
 
     def step_time(self, step: Composed) -> float:
-        return self.setting.cost.step_time(self.lane, step.shape)
+        return self.shape_time(step.shape)
 
     @property
     def num_seats(self) -> int:

@@ -1,8 +1,6 @@
 """What streams feel of a switch, in virtual time: old lanes end together, nobody waits."""
 
-import json
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,35 +12,20 @@ from nitsum.control.filling import Filling
 from nitsum.control.switch import Switch
 from nitsum.control.switching import Switcher
 from nitsum.cost.machines import Machine
+from nitsum.cost.shapes import SHAPES
 from nitsum.engine.landing import TOGETHER_S
 from nitsum.metrics.records import Recorder
 from nitsum.plan import read_plans
 from nitsum.request import Request, SamplingParams
-from nitsum.shape import ModelShape
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-}
 NUM_STREAMS = 16
 NUM_PROMPTS = 8
 """Under way at any time: enough that every step of every lane takes some on."""
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Driver:
+def driver() -> Driver:
     """Two lanes of one rank with streams, and prompts enough that every step takes some on."""
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    shape = ModelShape.from_folder(tmp_path)
     config = EngineConfig(
         model="none",
         plans=read_plans(["2xTP1", "TP2"], 2),
@@ -53,7 +36,7 @@ def driver(tmp_path: Path) -> Driver:
         max_batch_tokens=512,
         policy="fcfs",
     )
-    machine = VirtualMachine(config, shape, Machine.parse("2xH100"))
+    machine = VirtualMachine(config, SHAPES["Llama-3.1-8B"], Machine.parse("2xH100"))
     driver = Driver(config, machine, Recorder())
     for number in range(NUM_STREAMS):
         submit(driver, f"s{number}", 64 + 40 * number, 2000)

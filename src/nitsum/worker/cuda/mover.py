@@ -59,7 +59,7 @@ class CudaMover:
         self._bases = arenas.addresses()
         self._base_units = torch.tensor([units.shape[1] for units in unit_rows], device=device)
         self._rows = rows
-        self.signals = signals
+        self._signals = signals
         self._fault: Fault | None = fault
         self._num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         self._side = torch.cuda.Stream(device)
@@ -94,12 +94,12 @@ class CudaMover:
 
     def _launch(self, move: Move, beside: bool) -> Launched:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.signals.wait(move.after)
+        self._signals.wait(move.after)
         start.record()
         move = with_fault(move, self._fault)
         num_bytes = self._pull_units(move, PRECOPY_PROGRAMS if beside else self._num_programs)
         num_bytes += self._rows.pull(move.rows)
-        late = to_host(self.signals.late)
+        late = to_host(self._signals.late)
         end.record()
         return Launched(start, end, num_bytes, beside, late)
 

@@ -103,8 +103,9 @@ def start(spec: WorkerSpec, shared: HostShared) -> tuple[CudaRunner, Ready]:
     torch.cuda.empty_cache()  # else the room it frees would count as the graphs'
     lanes = _lanes(parts, _arena(parts, arenas.own, units))
     clock.timed("capture", lambda: _capture(parts, lanes))
-    mover = clock.timed("moves", lambda: _mover(parts, arenas, units))
-    runner = _runner(parts, lanes, mover, Progress(shared.progress))
+    signals = Signals(parts.words, spec.rank, spec.timeout_s)
+    mover = clock.timed("moves", lambda: _mover(parts, arenas, units, signals))
+    runner = _runner(parts, lanes, mover, signals, Progress(shared.progress))
     parts.memory.barrier()
     return runner, Ready(spec.rank, units, clock.phases, _memory_bytes(parts, clock))
 
@@ -170,6 +171,7 @@ def _map(
 def _warm_up(parts: Parts) -> None:
     """Every lane's largest step, drawing in every way, and one of each kind that kernels are
     compiled for on their own."""
+    warm_up_pinned()
     units = parts.geometry.num_units
     arena = torch.zeros(_arena_elements(parts, units), dtype=parts.dtype, device=parts.device)
     lanes = _lanes(parts, _arena(parts, arena, units))
@@ -236,7 +238,7 @@ def _num_units(parts: Parts, largest_step_bytes: int) -> int:
 def _graph_reserve(parts: Parts, largest_step_bytes: int) -> int:
     """Room for graphs: what the driver keeps of each, the logits each decode shape holds, and
     their pool, which is below what the largest step needs."""
-    shapes = [s for group in parts.comms for s in graph_shapes(parts.spec)]
+    shapes = graph_shapes(parts.spec) * len(parts.comms)
     decodes = sum(shape.num_seqs for shape in shapes if shape.is_decode)
     logits_bytes = 4 * decodes * parts.geometry.vocab_size
     return len(shapes) * GRAPH_BYTES + logits_bytes + largest_step_bytes
@@ -284,8 +286,9 @@ def _pages(arena: Arena, group: Group) -> Pages:
 def _capture(parts: Parts, lanes: dict[Group, CudaLane]) -> None:
     """In the order of the spec, which is that of every rank."""
     stream, pool = torch.cuda.Stream(parts.device), torch.cuda.graph_pool_handle()
+    shapes = graph_shapes(parts.spec)
     for group, lane in lanes.items():
-        for shape in reversed(graph_shapes(parts.spec)):
+        for shape in reversed(shapes):
             parts.memory.barrier(group)
             lane.capture(shape, stream, pool)
 
@@ -296,23 +299,26 @@ def graph_shapes(spec: WorkerSpec) -> list[StepShape]:
     return sorted([*decode_shapes(spec.max_num_seqs), *chunks])
 
 
-def _mover(parts: Parts, arenas: Shared, num_units: int) -> CudaMover:
+def _mover(parts: Parts, arenas: Shared, num_units: int, signals: Signals) -> CudaMover:
+    """A mover whose kernels are loaded."""
     spec = parts.spec
-    signals = Signals(parts.words, spec.rank, spec.timeout_s)
     unit_rows = tuple(_arena(parts, peer, num_units).unit_rows() for peer in arenas.peers)
     mover = CudaMover(spec.rank, arenas, unit_rows, RowPuller(parts.rows), signals, spec.fault)
     mover.warm_up()
-    warm_up_pinned()
     return mover
 
 
 def _runner(
-    parts: Parts, lanes: dict[Group, CudaLane], mover: CudaMover, progress: Progress
+    parts: Parts,
+    lanes: dict[Group, CudaLane],
+    mover: CudaMover,
+    signals: Signals,
+    progress: Progress,
 ) -> CudaRunner:
     spec, geometry = parts.spec, parts.geometry
     per_page = {group: geometry.units_per_page(group.degree) for group in lanes}
     return CudaRunner(
-        spec.rank, lanes, parts.state, parts.sampler, mover, mover.signals, progress, per_page
+        spec.rank, lanes, parts.state, parts.sampler, mover, signals, progress, per_page
     )
 
 
