@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nitsum.kv.blocks import Block, Relocation, Table
+from nitsum.kv.pages import whole_blocks
 from nitsum.kv.units import UnitPool
 
 if TYPE_CHECKING:
@@ -94,25 +95,23 @@ class Compaction:
 
 def _region_at(cache: KvCache, rank: int, start: int, order: int) -> _Region | None:
     """The region with what lies in it; None unless that is smaller pages that may be moved."""
-    refs, owners = cache.pools[rank].refs, cache.owners[rank]
-    pages: list[_Page] = []
-    unit, end = start, start + (1 << order)
-    while unit < end:
-        if not refs[unit]:
-            unit += 1
-            continue
-        block = owners[unit]
-        if block is None or block.pins or not (block.refs or block.hash is not None):
-            return None
-        place, page_order = rank - block.group.leader, cache.arena.page_order(block.group)
-        if page_order >= order or block.pages[place] << page_order != unit:
-            return None  # as large as the region, or moved since
-        if max(refs[unit : unit + (1 << page_order)]) > 1:
-            return None
-        pages.append(_Page(block, place, unit, page_order))
-        unit += 1 << page_order
+    arena, units = cache.arena, range(start, start + (1 << order))
+
+    def takes(block: Block) -> bool:
+        is_alive = block.refs > 0 or block.hash is not None
+        return is_alive and not block.pins and arena.page_order(block.group) < order
+
+    blocks = whole_blocks(arena, cache.pools[rank], cache.owners[rank], rank, units, takes)
+    if blocks is None:
+        return None
+    pages = [_page(cache, rank, block) for block in blocks]
     pages.sort(key=lambda page: (-page.order, page.start))
     return _Region(start, order, pages)
+
+
+def _page(cache: KvCache, rank: int, block: Block) -> _Page:
+    place, page_order = rank - block.group.leader, cache.arena.page_order(block.group)
+    return _Page(block, place, block.pages[place] << page_order, page_order)
 
 
 def _users(cache: KvCache, regions: list[_Region]) -> Users:

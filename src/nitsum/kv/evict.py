@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nitsum.kv.blocks import Block
+from nitsum.kv.pages import whole_blocks
 from nitsum.kv.prefix import KEPT, PrefixIndex
 from nitsum.kv.units import UnitPool
 from nitsum.plan import Group
@@ -54,7 +55,7 @@ class Eviction:
         owners: list[list[Block | None]],
     ) -> None:
         """`owners`: by rank and first unit of a page, the block that was placed there last, kept up
-        to date by the cache. It may be gone, or moved, since: see `_idle_in`."""
+        to date by the cache. It may be gone, or moved, since: see `whole_blocks`."""
         self.arena = arena
         self.pools = pools
         self.prefixes = prefixes
@@ -174,10 +175,7 @@ class Eviction:
         self._looked_at[rank, order] = self._looked_at.get((rank, order), 0) + num_looked_at
 
     def _small_at(self, rank: int, order: int, place: int) -> _Candidate | None:
-        first, width = place << order, 1 << order
-        if _is_hopeless(self.pools[rank].refs, self.owners[rank], first, width):
-            return None
-        blocks = self._idle_in(rank, first, first + width)
+        blocks = self._idle_in(rank, place << order, (place + 1) << order)
         if not blocks or self.arena.page_order(blocks[0].group) >= order:
             return None
         return _Candidate(max(map(self.prefixes.eviction_order, blocks)), blocks, 1)
@@ -194,36 +192,9 @@ class Eviction:
 
     def _idle_in(self, rank: int, first: int, last: int) -> list[Block] | None:
         """The unreferenced blocks in a range of units; None if anything else is in it."""
-        refs, owners = self.pools[rank].refs, self.owners[rank]
-        found: list[Block] = []
-        unit = first
-        while unit < last:
-            if not refs[unit]:
-                unit += 1
-                continue
-            block = owners[unit]
-            if block is None or block.refs or block.hash is None:
-                return None
-            width = self.arena.page_units(block.group)
-            end = unit + width
-            if block.pages[rank - block.group.leader] * width != unit or end > last:
-                return None  # moved since, or larger than the range
-            if max(refs[unit:end]) > 1:
-                return None
-            found.append(block)
-            unit = end
-        return found
+        pool, owners = self.pools[rank], self.owners[rank]
+        return whole_blocks(self.arena, pool, owners, rank, range(first, last), _is_idle)
 
 
-def _is_hopeless(refs: list[int], owners: list[Block | None], first: int, count: int) -> bool:
-    """Whether a look tells that one of these units is in use: far more often than not, this is all
-    there is to know of a place in a busy arena."""
-    for unit in range(first, first + count):
-        if not refs[unit]:
-            continue
-        if refs[unit] > 1:
-            return True
-        owner = owners[unit]
-        if owner is not None and owner.refs:
-            return True
-    return False
+def _is_idle(block: Block) -> bool:
+    return not block.refs and block.hash is not None

@@ -1,5 +1,7 @@
 """Room for large pages in an arena full of small ones."""
 
+from typing import Any
+
 import pytest
 
 from nitsum.kv import evict
@@ -71,14 +73,14 @@ def test_pinned_pages_stay():
 def test_a_large_arena_is_emptied_with_few_looks(monkeypatch: pytest.MonkeyPatch):
     """Work, not time: places looked at grow no faster than the pages room is made for."""
     num_looks, num_blocks = 0, 2000
-    look = evict._is_hopeless  # pyright: ignore[reportPrivateUsage]
+    look = evict.whole_blocks
 
-    def counting(refs: list[int], owners: list[Block | None], first: int, count: int) -> bool:
+    def counting(*place: Any) -> list[Block] | None:
         nonlocal num_looks
         num_looks += 1
-        return look(refs, owners, first, count)
+        return look(*place)
 
-    monkeypatch.setattr(evict, "_is_hopeless", counting)
+    monkeypatch.setattr(evict, "whole_blocks", counting)
     cache = cache_of(num_blocks)
     fill(cache, "cached", 2 * num_blocks, cached=True)
     cache.open("new", NARROW, [])
