@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_serve --out FOLDER [--plans TP2,2xTP1] [--clients 64,256]
 
 For each plan, starts the server as a user would and lets so many clients send one request after the
-other (1,155 tokens in, 211 out, greedy, streamed; six each, the first of which is warm-up), then a
-few alone. The client is that of `nitsum bench serve`. Prints and writes `serve.json`.
+other (1,155 tokens in, 211 out, greedy, streamed; six each, the first of which is warm-up), after a
+few alone. The client is that of `nitsum bench serve`, in processes of at most 32 streams, so that
+it is not the limit. Prints and writes `serve.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -33,6 +37,9 @@ from nitsum.server.run import loop_factory
 from nitsum.workload.items import Segment, WorkItem
 
 NUM_PROMPT, NUM_ANSWER = 1155, 211
+STREAMS_A_PROCESS = 32
+VOCAB = 100_000
+"""Prompts are drawn from so many tokens."""
 NUM_ROUNDS = 6
 """Requests of each client; the first and the last are not counted."""
 
@@ -52,9 +59,8 @@ def main() -> None:
         server = start(folder, plan, log, args.flags.split())
         try:
             url = wait_for_url(log, server)
-            with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                clients = [int(count) for count in args.clients.split(",")]
-                figures |= runner.run(measure(url, plan.lower(), clients))
+            clients = [int(count) for count in args.clients.split(",")]
+            figures |= measure(url, plan.lower(), clients)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
@@ -97,25 +103,46 @@ def wait_for_url(log: Path, server: subprocess.Popen[bytes]) -> str:
     raise SystemExit(log.read_text()[-3000:])
 
 
-async def measure(url: str, plan: str, clients: list[int]) -> dict[str, float]:
-    endpoint, _ = await find_endpoint(url)
+class Job(NamedTuple):
+    """`num_requests`, `num_clients` at a time."""
 
-    async def send(name: str, num_clients: int, count: int) -> list[RequestRecord]:
-        load = items(name, count)
-        outcome = await run_load(endpoint, load, vocab_size=100_000, max_open=num_clients)
-        assert outcome.state.num_tokens == count * NUM_ANSWER, outcome.state
-        return list(outcome.recorder.requests.values())
+    url: str
+    name: str
+    num_clients: int
+    num_requests: int
 
-    await send("warm-up", 8, 8)
-    alone = [record for i in range(5) for record in await send(f"alone{i}", 1, 1)]
+
+def measure(url: str, plan: str, clients: list[int]) -> dict[str, float]:
+    send(Job(url, "warm-up", 8, 8))
+    alone = [record for i in range(5) for record in send(Job(url, f"alone{i}", 1, 1))]
     figures = {
         f"lone_ttft_ms_p50_{plan}": 1e3 * statistics.median(r.ttft_s or 0.0 for r in alone),
         f"lone_tpot_ms_p50_{plan}": 1e3 * statistics.median(r.tpot_s or 0.0 for r in alone),
     }
-    for count in clients:
-        records = await send(f"c{count}", count, NUM_ROUNDS * count)
-        figures |= figures_of(records, count, f"{plan}_c{count}")
+    num_processes = -(-max(clients) // STREAMS_A_PROCESS)
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(send, [Job(url, f"first{i}", 1, 1) for i in range(num_processes)]))
+        for count in clients:
+            parts = -(-count // STREAMS_A_PROCESS)
+            share = count // parts
+            jobs = [Job(url, f"c{count}.{i}", share, NUM_ROUNDS * share) for i in range(parts)]
+            records = [record for part in pool.map(send, jobs) for record in part]
+            figures |= figures_of(records, count, f"{plan}_c{count}")
     return figures
+
+
+def send(job: Job) -> list[RequestRecord]:
+    """Raises if an answer is not whole."""
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_send(job))
+
+
+async def _send(job: Job) -> list[RequestRecord]:
+    endpoint, _ = await find_endpoint(job.url)
+    load = items(job.name, job.num_requests)
+    outcome = await run_load(endpoint, load, vocab_size=VOCAB, max_open=job.num_clients)
+    assert outcome.state.num_tokens == job.num_requests * NUM_ANSWER, outcome.state
+    return list(outcome.recorder.requests.values())
 
 
 def figures_of(records: list[RequestRecord], num_clients: int, name: str) -> dict[str, float]:

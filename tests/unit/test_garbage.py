@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from nitsum.garbage import IDLE_EVERY_S, IdleCollector, collect_young_only
+from nitsum.garbage import (
+    IDLE_EVERY_S,
+    IdleCollector,
+    collect_as_usual,
+    collect_when_told,
+    collect_young_only,
+)
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def collections() -> Iterator[list[int]]:
     yield found
     gc.callbacks.remove(note)
     gc.set_threshold(*before)
-    gc.unfreeze()
+    collect_as_usual()
 
 
 def test_allocating_never_collects_what_is_old(collections: list[int]):
@@ -31,6 +37,14 @@ def test_allocating_never_collects_what_is_old(collections: list[int]):
     assert len(kept) == 200_000
     assert 0 in collections
     assert 2 not in collections
+
+
+def test_an_engine_collects_nothing_on_its_own(collections: list[int]):
+    collect_when_told()
+    collections.clear()
+    kept = [[i] for i in range(200_000)]
+    assert len(kept) == 200_000
+    assert not collections
 
 
 def test_idle_times_collect_everything_now_and_then(collections: list[int]):

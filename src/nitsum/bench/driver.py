@@ -27,7 +27,7 @@ from nitsum.engine.process import arena_of, first_guess, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
-from nitsum.garbage import collect_young_only
+from nitsum.garbage import collect_as_usual, collect_when_told
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Output, Ready, SwitchReport
 from nitsum.request import FinishReason, Request
@@ -114,7 +114,7 @@ class Workers:
         if self._driver is not None:
             self._driver.settle()
         self._driver = Driver(config or self.config, self, sink, watcher)
-        collect_young_only()  # as the engine's process does
+        collect_when_told()  # as the engine's process does
         return self._driver
 
     def wait(self, core: Core) -> None:
@@ -124,6 +124,7 @@ class Workers:
 
     def close(self) -> None:
         self.executor.close()
+        collect_as_usual()
 
     def __enter__(self) -> Workers:
         return self

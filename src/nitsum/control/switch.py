@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nitsum.control.filling import Filling
 from nitsum.control.following import Following
 from nitsum.control.migration import Wave
-from nitsum.events import SwitchEnded
+from nitsum.events import SwitchEnded, WaveCommitted, WaveProposed
 from nitsum.messages import SwitchReport, WaveReport
 from nitsum.plan import Group, Plan
 
@@ -21,6 +21,8 @@ class Switch:
     src: Plan
     dst: Plan
     started_s: float
+    last_sent: int
+    """The last step sent before it: what came up to this one is of full length."""
     waves: list[WaveReport] = field(default_factory=list[WaveReport])
     stuck: set[str] = field(default_factory=set[str])
     """Requests that could not be moved when it was tried last."""
@@ -71,6 +73,22 @@ class Switch:
             num_left_behind=len(self.stuck),
             longest_turn_s=self.longest_turn_s,
         )
+
+
+def proposed(
+    switch: Switch, wave: int, request_ids: list[str], num_units: int, at_s: float
+) -> WaveProposed:
+    return WaveProposed(
+        at_s=at_s, op_id=switch.op_id, wave=wave, request_ids=request_ids, num_units=num_units
+    )
+
+
+def committed(
+    switch: Switch, wave: int, request_ids: list[str], bytes_moved: int, at_s: float
+) -> WaveCommitted:
+    return WaveCommitted(
+        at_s=at_s, op_id=switch.op_id, wave=wave, request_ids=request_ids, bytes_moved=bytes_moved
+    )
 
 
 def ended(report: SwitchReport, at_s: float) -> SwitchEnded:

@@ -242,7 +242,8 @@ class Core:
         """Compose and send the lane's next step; False if it has none."""
         generation, now = self.generation, self.clock.now()
         start_s = generation.rank_load.start_s(loop, now)
-        composed = loop.scheduler.compose(generation.dispatcher.num_free_slots, now, start_s)
+        part = generation.switcher.step_part(now)
+        composed = loop.scheduler.compose(generation.dispatcher.num_free_slots, now, start_s, part)
         for resumption in composed.resumed:
             if resumption.rejoins:
                 generation.free_slot_of(resumption.sequence)
@@ -377,12 +378,7 @@ class Core:
         """Say no, in the tier it would have been served as."""
         code, tier = error.code or "invalid_request", tier or request.tier
         self.sink.emit(
-            Refused(
-                at_s=self.clock.now(),
-                request_id=request.request_id,
-                tier=tier,
-                code=code,
-            )
+            Refused(at_s=self.clock.now(), request_id=request.request_id, tier=tier, code=code)
         )
         self.outbox.put(error_output(request, error, tier))
 

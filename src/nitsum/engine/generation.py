@@ -6,9 +6,9 @@ It is also what a switch sees of the engine (`LaneTable`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 
 from nitsum.clock import Clock
 from nitsum.config import EngineConfig
@@ -18,7 +18,7 @@ from nitsum.cost.protocol import CostModel
 from nitsum.engine.dispatch import Dispatcher
 from nitsum.engine.executor import Executor
 from nitsum.engine.landing import Landing
-from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight
+from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight, TurnOrder, turn_order
 from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
 from nitsum.messages import Pull, RowPull, SwitchReport
@@ -35,9 +35,6 @@ from nitsum.sched.rules import RULES
 from nitsum.sched.setting import Setting
 from nitsum.sched.targets import set_targets
 from nitsum.tier import Tier, TierSet
-
-PATIENCE_STEPS = 4
-"""Steps, times the number of lanes, that others may be sent before a lane's turn comes anyway."""
 
 SOON_S = 1.0
 """A lane whose next step may start later than this has no claim over one that has no targets."""
@@ -308,6 +305,9 @@ class Generation:
     def num_sent(self, rank: int) -> int:
         return self.dispatcher.num_sent(rank)
 
+    def has_ended(self, step_id: int) -> bool:
+        return all(number > step_id for number in self.in_flight)
+
     def num_settled(self, rank: int) -> int:
         return self.dispatcher.num_settled(rank)
 
@@ -376,18 +376,10 @@ class Generation:
     def load(self, group: Group) -> int:
         return self.admission.book.num_tokens(group)
 
-    def turn_order(self) -> Callable[[LaneLoop], tuple[bool, float, int]]:
-        """Which of the lanes that share ranks goes first: one passed over for long, then the one
-        whose next step must start soonest. Where nobody's must start soon, they take turns."""
-        by_slack = self.setting.rules.slack
-        oldest = self.last_sent - PATIENCE_STEPS * len(self.loops)
-        soon_s = self.now() + SOON_S
-
-        def key(loop: LaneLoop) -> tuple[bool, float, int]:
-            start_s = min(loop.scheduler.next_start_s, soon_s) if by_slack else 0.0
-            return (loop.last_sent > oldest, start_s, loop.last_sent)
-
-        return key
+    def turn_order(self) -> TurnOrder:
+        """Which of the lanes that share ranks goes first."""
+        soon_s = self.now() + SOON_S if self.setting.rules.slack else -inf
+        return turn_order(len(self.loops), self.last_sent, soon_s)
 
     def note_evictions(self) -> None:
         """Say which cached blocks made room since the last call."""

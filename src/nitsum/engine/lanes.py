@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
 from nitsum.plan import Group, Lane
 from nitsum.sched.lane import LaneScheduler
 from nitsum.step import BatchShape, Chunk
+
+PATIENCE_STEPS = 4
+"""Steps, times the number of lanes, that others may be sent before a lane's turn comes anyway."""
 
 STEPS_AHEAD = 2
 """Steps a rank may have in flight: one running, one waiting, so that it never idles."""
@@ -35,6 +39,20 @@ class LaneLoop:
     @property
     def draining(self) -> bool:
         return self.scheduler.drains
+
+
+TurnOrder = Callable[[LaneLoop], tuple[bool, float, int]]
+
+
+def turn_order(num_lanes: int, last_sent: int, soon_s: float) -> TurnOrder:
+    """A key for lanes that share ranks: first one passed over for long, then the one whose next
+    step must start soonest. Where nobody's must start before `soon_s`, they take turns."""
+    oldest = last_sent - PATIENCE_STEPS * num_lanes
+
+    def key(loop: LaneLoop) -> tuple[bool, float, int]:
+        return (loop.last_sent > oldest, min(loop.scheduler.next_start_s, soon_s), loop.last_sent)
+
+    return key
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from nitsum.engine.steering import checked_table, controller_of, decisions_of
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
 from nitsum.events import FileSink, NullSink
-from nitsum.garbage import IdleCollector, collect_young_only
+from nitsum.garbage import IdleCollector, collect_when_told
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import (
     Abort,
@@ -119,7 +119,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         )
         link = ServerLink(address)
         _tell(parent, EngineReady(max_request_tokens(config, arena), workers))
-        collect_young_only()
+        collect_when_told()
         try:
             loop(core, executor, link, parent, tally)
         finally:

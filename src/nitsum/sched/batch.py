@@ -293,7 +293,7 @@ def _chunk_tokens(
     """Tokens of this prompt the step takes; 0 if it takes none. A guaranteed share is no bound if
     nobody else's prompt wants the rest: `is_alone`."""
     left = sequence.num_remaining
-    most = min(left, lane.limits.max_batch_tokens - step.shape.num_tokens)
+    most = min(left, _most_tokens(lane, step) - step.shape.num_tokens)
     if lane.takes_turns:
         most = min(most, _small_chunk(lane) - step.shape.prefill_tokens)
     level = lane.setting.level(sequence)
@@ -309,6 +309,14 @@ def _chunk_tokens(
     if step.shape.prefill_tokens or lane.num_dry < PATIENCE:
         return 0
     return min(most, _small_chunk(lane))
+
+
+def _most_tokens(lane: LaneScheduler, step: Composed) -> int:
+    """Positions the step may compute; a part of them, but some of prompts, if it has decodes."""
+    most, num_decode = lane.limits.max_batch_tokens, step.decodes.num_decode
+    if not num_decode:
+        return most
+    return min(most, max(int(step.part * most), num_decode + _small_chunk(lane)))
 
 
 def _small_chunk(lane: LaneScheduler) -> int:

@@ -37,6 +37,8 @@ class Composed:
     now: float
     start_s: float
     """When the step will start: the steps before it on its ranks are done by then."""
+    part: float = 1.0
+    """Of the tokens a step may compute: what one with decodes in it does."""
     num_new_blocks: int = 0
     """Blocks of KV that room was found for, of prompts."""
     chunks: list[Chunk] = field(default_factory=list[Chunk])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
+from weakref import proxy
 
 from nitsum.plan import Lane
 from nitsum.request import SeqState, Sequence
@@ -51,7 +52,7 @@ class LaneScheduler:
         """Running ones that were promoted."""
         self.waits = Alarms()
         self.shares = Shares(setting.shares(), 2 * self.limits.max_num_seqs)
-        self.room = Room(self)
+        self.room = Room(proxy(self))  # so that a closed lane is freed at once
         self.neighbours: list[LaneScheduler] = []
         """Lanes that share ranks with this one."""
         self.drains = False
@@ -204,15 +205,17 @@ class LaneScheduler:
 
     # -- deciding --
 
-    def compose(self, num_free_slots: int, now: float, start_s: float | None = None) -> Composed:
+    def compose(
+        self, num_free_slots: int, now: float, start_s: float | None = None, part: float = 1.0
+    ) -> Composed:
         """The next step; without chunks if there is nothing to run.
 
         `num_free_slots` bounds how many sequences may join: each needs a row on the workers. The
-        step will start at `start_s`, when those before it on its ranks have ended.
+        step will start at `start_s`, when those before it on its ranks have ended. With decodes in
+        it, it computes no more than `part` of the tokens it may.
         """
-        step = Composed(
-            len(self.levels), num_free_slots, now, now if start_s is None else max(now, start_s)
-        )
+        start_s = now if start_s is None else max(now, start_s)
+        step = Composed(len(self.levels), num_free_slots, now, start_s, part)
         self.is_new = self.is_new and self.num_running > 0
         fill_slots(self, step)
         self.is_new = False

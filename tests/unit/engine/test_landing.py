@@ -1,5 +1,6 @@
 """What streams feel of a switch, in virtual time: old lanes end together, nobody waits."""
 
+import gc
 from itertools import pairwise
 from random import Random
 
@@ -112,3 +113,47 @@ def test_nobody_new_gets_kv_in_a_lane_about_to_be_emptied(driver: Driver):
     group = driver.core.sequences["late"].group
     assert group is not None
     assert group.degree == 2
+
+
+def test_steps_are_short_while_a_switch_is_under_way(driver: Driver):
+    """Streams wait no longer for a step before or after the cut over than they do without it."""
+    recorder = driver.core.sink
+    assert isinstance(recorder, Recorder)
+    limit, steps = driver.core.config.max_batch_tokens, recorder.steps
+    settle(driver)
+    before = len(steps)
+    assert steps[-1].num_decode + steps[-1].prefill_tokens > 0.9 * limit
+    run_until_switched(driver, "TP2")
+    proposed_s = recorder.switches[0].waves[0].proposed_s
+    during = [step for step in steps[before:] if step.ended_s > proposed_s]
+    assert len(during) > 4
+    assert all(step.num_decode + step.prefill_tokens <= limit // 2 for step in during)
+    settle(driver)
+    assert steps[-1].num_decode + steps[-1].prefill_tokens > 0.9 * limit
+
+
+def settle(driver: Driver) -> None:
+    """A second without a switch."""
+    until_s = driver.clock.now() + 1.0
+    while driver.clock.now() < until_s:
+        if driver.num_active < NUM_STREAMS + NUM_PROMPTS:
+            submit(driver, f"calm-{driver.clock.now()}", 4000, 4)
+        driver.turn()
+
+
+def test_requests_and_switches_leave_nothing_to_the_garbage_collector(driver: Driver):
+    """An engine under load never collects: what is cyclic would stay for ever."""
+    driver.turn()
+    gc.collect()
+    gc.disable()
+    try:
+        for plan in ("TP2", "2xTP1", "TP2"):
+            run_until_switched(driver, plan)
+        settle(driver)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [type(o) for o in gc.garbage if type(o).__module__.startswith("nitsum")] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
