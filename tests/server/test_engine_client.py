@@ -51,7 +51,7 @@ def run(tmp_path: Path, body: Body) -> None:
 
 async def received(link: ServerLink) -> list[ToEngine]:
     while True:
-        messages = link.receive()
+        messages = link.receive(99)
         if messages:
             return messages
         await asyncio.sleep(0.001)
@@ -81,7 +81,7 @@ def test_outputs_reach_their_request_in_order(tmp_path: Path) -> None:
         a, b = await asyncio.gather(*tasks)
         assert [output.tokens for output in a] == [[1], [2]]
         assert [output.tokens for output in b] == [[7], [8]]
-        assert link.receive() == []
+        assert link.receive(99) == []
 
     run(tmp_path, body)
 

@@ -157,7 +157,7 @@ class HandOvers:
         return any(self._begin(sequence, dst) for dst in self.lanes.next_groups(sequence))
 
     def _begin(self, sequence: Sequence, dst: Group) -> bool:
-        courier = Courier(self.lanes, self.units_under_way)
+        courier = Courier(self.lanes.dispatcher, self.units_under_way)
         wave = Wave(self.lanes, courier)
         move = wave.add(sequence, dst)
         if move is None:

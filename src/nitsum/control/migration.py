@@ -26,19 +26,16 @@ from nitsum.plan import Group
 from nitsum.request import Sequence
 
 
-class Lanes(Mover, Protocol):
+class Lanes(Protocol):
     """What a wave needs of the engine."""
 
     @property
     def kv(self) -> KvCache: ...
 
+    @property
+    def dispatcher(self) -> Mover: ...
+
     def now(self) -> float: ...
-
-    def num_sent(self, rank: int) -> int:
-        """Messages sent to `rank` so far, relocations decided until now included."""
-        ...
-
-    def take_slot(self) -> int | None: ...
 
     def leave_lane(self, sequence: Sequence) -> None:
         """Take the sequence out of its lane's batch; no further step will contain it."""
@@ -96,7 +93,7 @@ class Wave:
 
     def add(self, sequence: Sequence, dst: Group) -> SequenceMove | None:
         """Take a request in, with nothing reserved yet but a slot; None without a free slot."""
-        slot = self.lanes.take_slot()
+        slot = self.lanes.dispatcher.take_slot()
         if slot is None:
             return None
         kv = self.lanes.kv
@@ -197,7 +194,7 @@ class Wave:
             self.flush()  # before its destinations are somebody else's
             move.transfer.roll_back()
             self.courier.leave(move.transfer)
-            self.lanes.free_slot(move.dst_slot)
+            self.lanes.dispatcher.free_slot(move.dst_slot)
 
     def cancel(self) -> list[str]:
         """Roll back every request; they go on in their old lanes."""
@@ -251,8 +248,8 @@ class Wave:
         """The count after which `rank` writes nothing of the request any more. What has no step in
         flight is complete, and need not wait for others' steps."""
         if move.sequence.is_confirmed:
-            return self.lanes.num_settled(rank)
-        return self.lanes.num_sent(rank)
+            return self.lanes.dispatcher.num_settled(rank)
+        return self.lanes.dispatcher.num_sent(rank)
 
     def _complete(self, move: SequenceMove) -> bool:
         if not (lacking := self.num_lacking(move)) or self._reserve_rest(move, lacking):
@@ -269,7 +266,7 @@ class Wave:
         transfer.hand_over(sequence.request_id)
         self.totals.units_in_place += transfer.num_in_place
         if sequence.slot is None:  # admitted, but no step has contained it yet: no row to move
-            self.lanes.free_slot(move.dst_slot)
+            self.lanes.dispatcher.free_slot(move.dst_slot)
             self.courier.leave(transfer, keep=self.keep_sources)
         else:
             self.courier.leave(transfer, sequence.slot, keep=self.keep_sources)

@@ -65,6 +65,10 @@ class LaneTable(FillingLanes, Protocol):
         """What waits there without KV is routed anew: the lane takes no prompts any more."""
         ...
 
+    def settle(self, *, is_done: bool) -> None:
+        """Until it is done, nobody new gets KV that is not free: the sources are about to be."""
+        ...
+
     def close_lane(self, group: Group) -> bool:
         """Remove a drained lane; False while a step of it is in flight."""
         ...
@@ -103,9 +107,9 @@ STEP_PART = 0.5
 them wait, shorter steps before and after it make up for. Prompts are computed a sixth slower."""
 SHORT_S = 0.1
 """How long steps stay short after it."""
-FILL_BLOCKS = 96
-"""Blocks reserved and sent a turn: about 0.3 ms of Python."""
-RELEASE_BLOCKS = 192
+FILL_BLOCKS = 48
+"""Blocks reserved and sent a turn: 1 to 3 ms of Python where others have to be evicted for them."""
+RELEASE_BLOCKS = 96
 """Sources let go, or cached blocks dropped, a turn: about as long."""
 IDLE_FACTOR = 32
 """How many times more a turn may do while there is nothing to step."""
@@ -129,7 +133,7 @@ class Switcher:
         self.epoch = 0
         self.short_until_s = -inf
         self.fill_blocks = fill_blocks
-        self.courier = Courier(lanes, units_under_way)
+        self.courier = Courier(lanes.dispatcher, units_under_way)
         self._wave_id = 0
 
     def start(self, op_id: str, target: Plan, reason: str = "asked for") -> SwitchReport | None:
@@ -166,6 +170,8 @@ class Switcher:
         if switch.wave is not None and switch.wave.is_done:
             self._record(switch, switch.wave)
             switch.wave = None
+        if switch.wave is None and not self.courier.is_leaving:
+            self.lanes.settle(is_done=True)
         if switch.filling is not None:
             self._fill(switch, switch.filling)
         elif self.lanes.has_hand_overs or not self.lanes.has_ended(switch.last_sent):
@@ -334,6 +340,7 @@ class Switcher:
         self._open(switch)
         wave.cut_over()
         switch.wave = wave
+        self.lanes.settle(is_done=False)
         if not wave.totals.moved:
             switch.failed_at = self.lanes.num_departures
 
@@ -379,6 +386,7 @@ class Switcher:
     def _end(self, switch: Switch, *, ok: bool, message: str) -> list[SwitchReport]:
         now = self.lanes.now()
         self.current = None
+        self.lanes.settle(is_done=True)
         self.short_until_s = now + SHORT_S
         report = switch.report(now, ok=ok, message=message)
         self.lanes.emit(ended(report, now))

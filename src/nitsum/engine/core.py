@@ -1,8 +1,8 @@
 """The engine: receive, decide, dispatch, collect, commit.
 
     turn():  collect   replies of the workers: tokens become known, steps end, moves are done
-             switch    the plan change under way goes on, if there is one
              dispatch  every lane whose ranks can take a step gets the one its scheduler composes
+             switch    the plan change under way goes on, if there is one, while ranks are busy
 
 A lane's next step is sent before the last one's tokens are here: drawn tokens stay on the workers
 and feed the next step, and the host learns them one step later.
@@ -24,12 +24,13 @@ from nitsum.cost.protocol import CostModel, FixedCost
 from nitsum.engine.commit import Committer, extend_hashes
 from nitsum.engine.executor import Executor
 from nitsum.engine.generation import Generation, Memory
+from nitsum.engine.intake import check_request, max_request_tokens
 from nitsum.engine.lanes import LaneLoop, StepInFlight
 from nitsum.engine.notes import emit_arrived, emit_sent, note_changes
 from nitsum.engine.outputs import Outbox, error_output
 from nitsum.engine.status import status_of
 from nitsum.engine.steering import Steering
-from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied, bad_request
+from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied
 from nitsum.events import BothSinks, EventSink, GenerationStarted, Refused, Started
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
@@ -40,7 +41,7 @@ from nitsum.sched.alarms import Alarms
 from nitsum.sched.composed import Composed
 from nitsum.tier import TierSet
 
-PORTION_S = 12e-3
+PORTION_S = 6e-3
 """From one portion of a switch to the next: copies leave the steps beside them their bandwidth."""
 START_ATTEMPTS = 3
 """Tries to start a new generation of workers before the engine gives up and says so."""
@@ -88,7 +89,9 @@ class Core:
     def submit(self, request: Request) -> None:
         """Accept a request, or answer it with an error."""
         try:
-            self._check(request)
+            check_request(
+                request, self.sequences, longest=self.longest_request, draining=self.draining
+            )
         except ApiError as error:
             self._emit_arrived(request)
             self._refuse(request, error)
@@ -155,17 +158,22 @@ class Core:
 
     def turn(self) -> list[FromEngine]:
         """One turn; never waits. Returns what clients should hear."""
-        started_s = self.clock.now()
+        start_s = self.clock.now()
         try:
             self._collect(self.executor.poll(0.0))
-            self._switch()
             if self.controller is not None:
                 self.controller.tick(self._steering)
             self._expire()
+            is_landing = self.generation.landing.is_aiming
+            if is_landing:
+                self._switch()  # the cut over comes before a next step
             self._dispatch()
+            if not is_landing and self._switch():
+                self._dispatch()
         except WorkerDied as death:
             self._restart(death)
-        self.generation.switcher.note_turn(self.clock.now() - started_s)
+        self._set_alarm()
+        self.generation.switcher.note_turn(self.clock.now() - start_s)
         if self.config.check_accounting:
             check(self.generation.kv)
         return self.outbox.take()
@@ -199,18 +207,23 @@ class Core:
         self.committer.withdraw(self.generation, sequence)
         self._refuse(sequence.request, queue_timeout(self.tiers[sequence.tier]), sequence.tier)
 
-    def _switch(self) -> None:
+    def _switch(self) -> bool:
+        """A portion of the plan change under way, if there is one; True if lanes changed by it."""
+        epoch = self.generation.switcher.epoch
         for report in self.generation.advance_moves():
             self.outbox.report(report)
+        return self.generation.switcher.epoch != epoch
 
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
-        generation, load = self.generation, self.generation.rank_load
+        load = self.generation.rank_load
+        load.send_ahead_s = self.generation.send_ahead_s
         while not load.is_full and self._dispatch_round():
             pass
-        now = self.clock.now()
-        held_s = [load.send_at_s(loop) for loop in generation.loops.values()]
-        self.next_turn_s = min((at_s for at_s in held_s if at_s > now), default=inf)
+
+    def _set_alarm(self) -> None:
+        generation, now = self.generation, self.clock.now()
+        self.next_turn_s = generation.next_send_s(now)
         if generation.switcher.has_portions:
             self.next_turn_s = min(self.next_turn_s, now + PORTION_S)
 
@@ -345,34 +358,7 @@ class Core:
             self.memory,
         )
 
-    # -- checks and events --
-
-    def _check(self, request: Request) -> None:
-        if self.draining:
-            raise ApiError(
-                "The server is shutting down and takes no new requests.",
-                status=503,
-                type="server_error",
-                code="server_is_overloaded",
-                retry_after_s=30.0,
-            )
-        if request.request_id in self.sequences:
-            raise bad_request(f"Request id {request.request_id!r} is in use.", "request_id")
-        self._check_length(request)
-
-    def _check_length(self, request: Request) -> None:
-        longest = self.longest_request
-        num_tokens = len(request.prompt) + request.sampling.max_tokens
-        if not request.prompt:
-            raise bad_request("The prompt is empty.", "prompt")
-        if num_tokens > longest:
-            raise bad_request(
-                f"Prompt ({len(request.prompt)} tokens) and answer (up to "
-                f"{request.sampling.max_tokens}) exceed the {longest} tokens a request may have. "
-                "Shorten the prompt or lower max_tokens.",
-                "prompt",
-                "context_length_exceeded",
-            )
+    # -- events --
 
     def _refuse(self, request: Request, error: ApiError, tier: str | None = None) -> None:
         """Say no, in the tier it would have been served as."""
@@ -385,12 +371,3 @@ class Core:
     def _emit_arrived(self, request: Request) -> None:
         deadline_s = self.memory.chains.deadline_s(request)
         emit_arrived(self.sink, request, self.tiers[request.tier], self.clock.now(), deadline_s)
-
-
-def max_request_tokens(config: EngineConfig, arena: ArenaShape) -> int:
-    """Prompt plus answer that fit the context, and an otherwise empty lane of any plan."""
-    capacity = min(
-        arena.num_units // arena.page_units(group) * arena.block_tokens
-        for group in config.plans.groups
-    )
-    return min(capacity, config.max_model_len) if config.max_model_len else capacity

@@ -18,10 +18,17 @@ from nitsum.cost.protocol import CostModel
 from nitsum.engine.dispatch import Dispatcher
 from nitsum.engine.executor import Executor
 from nitsum.engine.landing import Landing
-from nitsum.engine.lanes import LaneLoop, RankLoad, StepInFlight, TurnOrder, turn_order
+from nitsum.engine.lanes import (
+    SEND_AHEAD_S,
+    LaneLoop,
+    RankLoad,
+    StepInFlight,
+    TurnOrder,
+    turn_order,
+)
 from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
-from nitsum.messages import Pull, RowPull, SwitchReport
+from nitsum.messages import SwitchReport
 from nitsum.plan import Group, Lane, Plan
 from nitsum.request import Sequence
 from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, check_queue, no_capacity
@@ -293,29 +300,8 @@ class Generation:
     def emit(self, event: AnyEvent) -> None:
         self.sink.emit(event)
 
-    def send_move(
-        self,
-        rank: int,
-        pulls: list[Pull],
-        rows: list[RowPull],
-        after: list[tuple[int, int]],
-    ) -> int:
-        return self.dispatcher.send_move(rank, pulls, rows, after)
-
-    def num_sent(self, rank: int) -> int:
-        return self.dispatcher.num_sent(rank)
-
     def has_ended(self, step_id: int) -> bool:
         return all(number > step_id for number in self.in_flight)
-
-    def num_settled(self, rank: int) -> int:
-        return self.dispatcher.num_settled(rank)
-
-    def take_slot(self) -> int | None:
-        return self.dispatcher.take_slot()
-
-    def free_slot(self, slot: int) -> None:
-        self.dispatcher.free_slot(slot)
 
     def leave_lane(self, sequence: Sequence) -> None:
         assert sequence.group is not None
@@ -358,6 +344,10 @@ class Generation:
         for sequence in self.loops[group].scheduler.take_waiting():
             self.route(sequence)
 
+    def settle(self, *, is_done: bool) -> None:
+        for loop in self.loops.values():
+            loop.scheduler.is_settling = not is_done
+
     def close_lane(self, group: Group) -> bool:
         loop = self.loops.get(group)
         if loop is None:
@@ -375,6 +365,17 @@ class Generation:
 
     def load(self, group: Group) -> int:
         return self.admission.book.num_tokens(group)
+
+    @property
+    def send_ahead_s(self) -> float:
+        """How early a rank gets its next step: at once while turns do a switch's work, too."""
+        is_filling = self.switcher.current is not None and not self.landing.is_aiming
+        return inf if is_filling else SEND_AHEAD_S
+
+    def next_send_s(self, now: float) -> float:
+        """When the next step is due that waits for its time, not for room."""
+        times = [self.rank_load.send_at_s(loop) for loop in self.loops.values()]
+        return min((at_s for at_s in times if at_s > now), default=inf)
 
     def turn_order(self) -> TurnOrder:
         """Which of the lanes that share ranks goes first."""

@@ -35,19 +35,20 @@ class ServerLink:
         self.socket.bind(address)
         self._columns = Columns()
 
-    def receive(self) -> list[ToEngine]:
-        """Every message that is here, in order; never waits."""
+    def receive(self, most: int) -> list[ToEngine]:
+        """The messages that are here, in order, about `most` of them; never waits."""
         messages: list[ToEngine] = []
-        while True:
+        while len(messages) < most:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return messages
+                break
             for frame in frames:
                 message = to_engine_decoder.decode(frame)
                 if isinstance(message, Abort):
                     self._columns.forget(message.request_id)
                 messages.append(message)
+        return messages
 
     def send(self, *messages: FromEngine) -> bool:
         """Send messages in one go; False when no server is connected and they were dropped.

@@ -20,8 +20,9 @@ from math import inf
 from nitsum.engine.lanes import LaneLoop, RankLoad
 from nitsum.plan import Group
 
-TOGETHER_S = 1e-3
-"""Steps that end so close to each other end together."""
+TOGETHER_S = 3e-3
+"""Steps that end so close to each other end together: steps are short meanwhile, and streams used
+to longer ones."""
 LEAD_S = 0.01
 """The cut over should come so long before the last steps end: it takes the host a few ms."""
 MAX_STEPS = 8
@@ -38,14 +39,15 @@ class Landing:
         self._load = load
         self._loops: list[LaneLoop] = []
         self._num_sent = 0
-        self._is_aiming = False
+        self.is_aiming = False
+        """The last steps are on their way."""
 
     def begin(self, groups: Iterable[Group]) -> None:
         """Nobody new gets KV in these lanes."""
         if self._loops:
             return
         self._loops = [self._lanes[group] for group in groups if group in self._lanes]
-        self._num_sent, self._is_aiming = 0, False
+        self._num_sent, self.is_aiming = 0, False
         for loop in self._loops:
             loop.scheduler.is_closing = True
 
@@ -54,7 +56,7 @@ class Landing:
         for loop in self._loops:
             loop.scheduler.is_closing = False
             loop.scheduler.end_by_s = inf
-        self._loops = []
+        self._loops, self.is_aiming = [], False
 
     @property
     def is_under_way(self) -> bool:
@@ -62,7 +64,7 @@ class Landing:
 
     def aim(self, now: float) -> bool:
         """From now on steps are sent so that the last ones end together; True when they will."""
-        self._is_aiming = True
+        self.is_aiming = True
         busy = self._busy()
         if any(loop.num_in_flight > 1 for loop in busy):
             return False
@@ -72,7 +74,7 @@ class Landing:
 
     def lets_send(self, loop: LaneLoop, now: float) -> bool:
         """Whether the lane may get its next step, and by when that should end."""
-        if not self._is_aiming or loop not in self._loops:
+        if not self.is_aiming or loop not in self._loops:
             return True
         if self._num_sent >= MAX_STEPS:
             loop.scheduler.end_by_s = inf
@@ -82,15 +84,25 @@ class Landing:
         latest_s = max((self._end_s(other) for other in busy), default=now)
         loop.scheduler.end_by_s = inf
         if latest_s - mine_s > TOGETHER_S:
-            if mine_s + loop.scheduler.decode_s <= latest_s + TOGETHER_S:
-                loop.scheduler.end_by_s = latest_s
+            loop.scheduler.end_by_s = self._meeting_s(loop, mine_s, latest_s, busy)
         elif len(busy) > 1 and (not self._end_together(busy) or self._is_early(busy, now)):
             return False  # others will come to an end with it, or all have, in good time
         return True
 
+    def _meeting_s(
+        self, loop: LaneLoop, mine_s: float, latest_s: float, busy: list[LaneLoop]
+    ) -> float:
+        """When its next step should end: with the last of the others, or if even its decodes take
+        longer, where the others' next steps can end without prompts."""
+        end_s = mine_s + loop.scheduler.decode_s
+        if end_s <= latest_s + TOGETHER_S:
+            return latest_s
+        next_s = latest_s + max(other.scheduler.decode_s for other in busy if other is not loop)
+        return next_s if end_s <= next_s else inf
+
     def note_sent(self, loop: LaneLoop) -> None:
         """The lane got a step."""
-        self._num_sent += self._is_aiming and loop in self._loops
+        self._num_sent += self.is_aiming and loop in self._loops
 
     def _end_together(self, busy: list[LaneLoop]) -> bool:
         ends = [self._end_s(loop) for loop in busy]

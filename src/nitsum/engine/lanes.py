@@ -74,6 +74,8 @@ class RankLoad:
     """Steps in flight per rank, and ranks kept in this turn for a lane that waits for others."""
 
     num_in_flight: list[int]
+    send_ahead_s: float = SEND_AHEAD_S
+    """How long before a rank is through with its steps it gets the next one."""
     held: set[int] = field(default_factory=set[int])
     ahead_s: list[float] = field(default_factory=list[float])
     """Predicted time of a rank's steps in flight."""
@@ -102,7 +104,7 @@ class RankLoad:
             return inf
         if not num_in_flight or loop.scheduler.neighbours:
             return 0.0
-        return self.free_s[leader] - SEND_AHEAD_S
+        return self.free_s[leader] - self.send_ahead_s
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""

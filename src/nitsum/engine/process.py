@@ -19,7 +19,8 @@ from nitsum.config import EngineConfig
 from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Machine
 from nitsum.cost.protocol import CostModel
-from nitsum.engine.core import Core, max_request_tokens
+from nitsum.engine.core import Core
+from nitsum.engine.intake import max_request_tokens
 from nitsum.engine.ipc import ServerLink
 from nitsum.engine.launch import max_model_len, num_host_units
 from nitsum.engine.process_executor import ProcessExecutor
@@ -50,6 +51,8 @@ from nitsum.shared import DTYPE_BYTES, SPAWN
 IDLE_WAIT_MS = 500
 """Longest sleep of an idle engine; dead workers and a dead parent are noticed this soon."""
 BUSY_WAIT_MS = 50
+MESSAGES_A_TURN = 8
+"""From the server: to take a long prompt in takes half a millisecond, and steps wait for turns."""
 
 
 class EngineProcess:
@@ -172,7 +175,7 @@ def loop(
     while True:
         if _wait(core, executor, link, parent):
             return
-        for message in link.receive():
+        for message in link.receive(MESSAGES_A_TURN):
             receive(core, link, message, tally)
         link.send(*core.turn())
         if not core.has_work:

@@ -241,6 +241,11 @@ class KvCache:
         self.place(blocks)
         return blocks
 
+    def has_free(self, group: Group, num_tokens: int) -> bool:
+        """Whether so many positions fit into units that are free as it is."""
+        count, order = -(-num_tokens // self.arena.block_tokens), self.arena.page_order(group)
+        return all(self.pools[rank].num_pages(order) >= count for rank in group.ranks)
+
     def alloc_units(self, rank: int, order: int) -> int | None:
         """The start of `2**order` units on one rank: free, else evicted, else made by moving."""
         pool = self.pools[rank]

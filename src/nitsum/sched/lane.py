@@ -62,6 +62,9 @@ class LaneScheduler:
         self.is_new = False
         """A switch opened it, and no step was composed yet: first it steps those who came along, at
         once. Room for others takes time to make."""
+        self.is_settling = False
+        """After a cut over, while the old layout's KV is being let go: room comes by itself, and
+        who needs more than is free waits for it. To search that arena would hold all up."""
         self.end_by_s = inf
         """Prompts in the next step are to let it end by then."""
         self.decode_s = 0.0

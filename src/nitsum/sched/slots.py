@@ -148,6 +148,8 @@ def _admit(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed) -
     if sequence.num_sampling:
         return False  # a token drawn before it gave up its KV is still on its way
     num_tokens = len(sequence.tokens)
+    if lane.is_settling and not lane.kv.has_free(lane.lane.group, num_tokens):
+        return False
     limit = (num_tokens - 1) // lane.kv.arena.block_tokens
     num_cached = lane.kv.open(
         sequence.request_id,

@@ -28,6 +28,7 @@ from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 from nitsum.server.tokenizer import TextCodec, load_codec
 from nitsum.server.tracing import CallerTrace, Tracing
+from nitsum.server.turnstile import Turnstile
 from nitsum.server.usage import completions_usage, embeddings_usage
 from nitsum.tier import TierSet
 
@@ -75,7 +76,11 @@ def build_app(client: EngineClient, settings: ServerSettings) -> Starlette:
     service = build_service(client, settings)
     app = Starlette(
         routes=list(ROUTES),
-        middleware=[*_outside(settings), Middleware(access.Frame, service=service)],
+        middleware=[
+            *_outside(settings),
+            Middleware(access.Frame, service=service),
+            Middleware(Turnstile),
+        ],
         exception_handlers={
             ApiError: access.on_api_error,
             HTTPException: access.on_http_error,

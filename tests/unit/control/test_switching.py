@@ -17,7 +17,7 @@ def busy(seed: int = 0, *, num_requests: int = 6, **settings: object) -> Machine
     machine.switch("2xTP1")
     machine.run()
     for i in range(num_requests):
-        machine.submit([i] * (9 + i), max_tokens=60)
+        machine.submit([i] * (9 + i), max_tokens=90)
     while any(sequence.num_output < 2 for sequence in machine.core.sequences.values()):
         machine.turn()
     return machine

@@ -46,10 +46,10 @@ def test_a_pull_waits_for_relocations_of_its_source():
     assert src is not None
     relocate(machine, Relocation(src.index, 40, 44, 2))
     generation.open_lane(machine.plans["TP2"].lanes[0])
-    wave = Wave(generation, Courier(generation, units_under_way=99))
+    wave = Wave(generation, Courier(generation.dispatcher, units_under_way=99))
     move = wave.add(sequence, Group(2, 0))
     assert move is not None
     assert wave.fill(move, 99) == 3
     wave.flush()
     pulls = sent_to(machine, 1 - src.index)
-    assert pulls[-1].after == [(src.index, generation.num_settled(src.index))]
+    assert pulls[-1].after == [(src.index, generation.dispatcher.num_settled(src.index))]
