@@ -144,6 +144,10 @@ def test_sampling() -> None:
     sampling_checks.check_greedy(9, 128256, seed=1)
 
 
+def test_masks() -> None:
+    sampling_checks.check_mask(9, 128256, [8, 0, 3], seed=1)
+
+
 @pytest.mark.parametrize("wanted", [{"top_k": 50}, {"top_p": 0.95}, {"top_k": 500, "top_p": 0.5}])
 def test_floors(wanted: dict) -> None:
     logits = (torch.randn(4, 128256, device=DEVICE) * 3).bfloat16().float()

@@ -7,14 +7,17 @@ results but no speed.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from nitsum.messages import Fault, StepDone
+from nitsum.messages import Fault, Join, Pages, StepDone, Work
 from nitsum.plan import Group
 from nitsum.request import SamplingParams
 from tests.checkpoints import write_checkpoint
@@ -22,18 +25,24 @@ from tests.processes.driver import (
     ALONE_0,
     ALONE_1,
     BOTH,
+    PROMPT,
     Driver,
     largest_difference,
     logits_of,
     make_config,
     tokens_of,
 )
+from tests.server.server_kit import byte_level_bpe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.timeout(600)]
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 GREEDY = SamplingParams(temperature=0.0, return_logits=True)
+KEEPS_GRAMMARS = find_spec("llguidance") is not None
+needs_llguidance = pytest.mark.skipif(not KEEPS_GRAMMARS, reason="llguidance is not installed")
+VOCAB = 448
+"""More than the tokenizer has."""
 NUM_TOKENS = 9
 TOLERANCE = 1e-3
 """Of logits with a standard deviation of a few units, float32 on both sides."""
@@ -51,7 +60,8 @@ def one_gpu_for_all() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, "llama", max_position_embeddings=256)
+    write_checkpoint(folder, "llama", max_position_embeddings=256, vocab_size=VOCAB)
+    byte_level_bpe().save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -75,6 +85,7 @@ def reference(folder: Path) -> dict[str, list[StepDone]]:
         return {
             "greedy": driver.generate(ALONE_0, NUM_TOKENS, GREEDY),
             "random": driver.generate(ALONE_0, NUM_TOKENS, RANDOM),
+            "held": driver.generate(ALONE_0, NUM_TOKENS, HELD) if KEEPS_GRAMMARS else [],
         }
     finally:
         driver.executor.close()
@@ -83,6 +94,15 @@ def reference(folder: Path) -> dict[str, list[StepDone]]:
 RANDOM = SamplingParams(
     temperature=1.5, seed=9, top_p=0.95, frequency_penalty=0.8, repetition_penalty=1.2, logprobs=2
 )
+HELD = SamplingParams(
+    temperature=1.0,
+    seed=4,
+    stop_token_ids=(2,),
+    frequency_penalty=0.5,
+    grammar='%llguidance {}\nstart: %json {"type": "array", "items": {"enum": [1, 22]}, '
+    '"minItems": 1, "maxItems": 2, "x-guidance": {"whitespace_flexible": false}}\n',
+)
+"""Ends before `NUM_TOKENS`; what is drawn behind the end is the end."""
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +136,49 @@ def test_random_draws_are_those_of_cpu_ranks(
         assert other is not None
         assert one.top_ids == other.top_ids
         assert one.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
+
+
+@needs_llguidance
+@pytest.mark.parametrize("group", [ALONE_0, BOTH], ids=str)
+def test_grammars_are_kept_as_on_cpu_ranks(
+    driver: Driver, reference: dict[str, list[StepDone]], group: Group
+):
+    """All steps are sent at once: each waits by itself for the token before it."""
+    tokens = tokens_of(driver.generate(group, NUM_TOKENS, HELD))
+    assert tokens == tokens_of(reference["held"])
+    found = json.loads(byte_level_bpe().decode(tokens[: tokens.index(2)]))
+    assert set(found) <= {1, 22}
+
+
+@needs_llguidance
+def test_free_answers_share_steps_with_held_ones(
+    driver: Driver, reference: dict[str, list[StepDone]]
+):
+    """One step for both: draws of its graph, one row of its logits masked before."""
+    num_prompt = len(PROMPT)
+    wanted = (replace(GREEDY, return_logits=False), HELD)
+    joins: list[Join] = []
+    places: list[Pages] = []
+    for sampling in wanted:
+        slot, unit = driver.place()
+        joins.append(Join(slot, PROMPT, num_prompt, num_prompt, sampling))
+        places.append(Pages(slot, 0, driver.pages(BOTH, unit)))
+    slots = [join.slot for join in joins]
+    driver.send(BOTH, [Work(slot, 0, num_prompt, True) for slot in slots], joins, places)
+    for position in range(num_prompt, num_prompt + NUM_TOKENS - 1):
+        driver.send(BOTH, [Work(slot, position, 1, True) for slot in slots])
+    done = driver.collect(NUM_TOKENS)
+    free, held = (list(tokens) for tokens in zip(*(d.tokens for d in done), strict=True))
+    assert free == tokens_of(reference["greedy"])
+    assert held == tokens_of(reference["held"])
+
+
+@needs_llguidance
+def test_an_answer_that_changes_lanes_keeps_to_its_grammar(
+    driver: Driver, reference: dict[str, list[StepDone]]
+):
+    done = driver.generate_across(ALONE_0, BOTH, 3, NUM_TOKENS, HELD)
+    assert tokens_of(done) == tokens_of(reference["held"])
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,19 @@ class Driver:
         joins: list[Join] | None = None,
         pages: list[Pages] | None = None,
     ) -> None:
+        self.send(group, [work], joins, pages)
+
+    def send(
+        self,
+        group: Group,
+        work: list[Work],
+        joins: list[Join] | None = None,
+        pages: list[Pages] | None = None,
+    ) -> None:
+        """A step of several sequences."""
         self._next_id += 1
         self.executor.send(
-            group.ranks, Step(self._next_id, 1, group, joins or [], pages or [], [work])
+            group.ranks, Step(self._next_id, 1, group, joins or [], pages or [], work)
         )
 
     def prefill(self, group: Group, slot: int, unit: int, sampling: SamplingParams) -> None:

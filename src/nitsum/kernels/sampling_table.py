@@ -43,6 +43,7 @@ class SamplingNeeds(NamedTuple):
     random: bool = False
     top_k: bool = False
     top_p: bool = False
+    keeps_grammar: bool = False
 
     def union(self, other: SamplingNeeds) -> SamplingNeeds:
         return SamplingNeeds(*(a or b for a, b in zip(self, other, strict=True)))
@@ -58,6 +59,7 @@ def sampling_needs(sampling: SamplingParams) -> SamplingNeeds:
         random=random,
         top_k=random and s.top_k > 0,
         top_p=random and s.top_p < 1,
+        keeps_grammar=s.grammar is not None,
     )
 
 

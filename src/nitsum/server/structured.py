@@ -85,8 +85,6 @@ def _missing(service: Service) -> str | None:
     """Why this server cannot keep to grammars."""
     if find_spec("llguidance") is None:
         return "this server was installed without nitsum[structured]."
-    if service.settings.device != "cpu":
-        return "grammars are kept on CPU ranks only so far."
     if not (service.settings.checkpoint / "tokenizer.json").is_file():
         return "this model has no tokenizer.json."
     if not service.limits.eos_token_ids:

@@ -8,6 +8,7 @@ import torch
 
 from nitsum.kernels import draw as drawing
 from nitsum.kernels import sampling_table as tables
+from nitsum.kernels.mask_logits import mask_logits
 from nitsum.kernels.shape_logits import shape_logits
 from nitsum.messages import Join
 from nitsum.request import SamplingParams
@@ -81,6 +82,22 @@ def shaped_slowly(row: torch.Tensor, draw: Draw) -> torch.Tensor:
     if len(answer) < s.min_tokens:
         row[[token for token in s.stop_token_ids if token < len(row)]] = -torch.inf
     return row
+
+
+def check_mask(m: int, vocab: int, rows: Sequence[int], seed: int) -> None:
+    """Rows of logits that lie apart, as a lane's do; the last bits of a mask are nobody's."""
+    whole = randn(m, vocab + 16, seed=seed)
+    logits = whole[:, :vocab]
+    words = -(-vocab // 32)
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.randint(0, 2, (len(rows), 32 * words), generator=generator, dtype=torch.int64)
+    bits = (allowed.view(len(rows), words, 32) << torch.arange(32)).sum(-1)
+    lines = torch.cat([torch.tensor(rows)[:, None], bits], 1).to(torch.int32)
+    expected = whole.clone()
+    for row, line in zip(rows, allowed, strict=True):
+        expected[row, :vocab][line[:vocab].to(DEVICE) == 0] = -torch.inf
+    mask_logits(logits, lines.to(DEVICE))
+    assert torch.equal(whole, expected)
 
 
 def check_greedy(m: int, vocab: int, seed: int) -> None:

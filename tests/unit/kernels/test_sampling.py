@@ -43,6 +43,11 @@ def test_greedy_takes_the_first_of_equals() -> None:
     checks.check_greedy(3, 9000, seed=2)
 
 
+@pytest.mark.parametrize(("vocab", "rows"), [(203, [2]), (9001, [3, 0])])
+def test_masks(vocab: int, rows: list[int]) -> None:
+    checks.check_mask(4, vocab, rows, seed=vocab)
+
+
 @pytest.mark.parametrize("wanted", [{"top_k": 40}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.7},
                                     {"min_p": 0.2, "top_p": 0.8}, {"top_k": 8999}])  # fmt: skip
 def test_floors(wanted: dict) -> None:

@@ -10,11 +10,7 @@ from typing import Protocol
 import torch
 
 from nitsum.messages import FromWorker, Shutdown, to_worker_decoder
-from nitsum.worker.cuda.runner import CudaRunner
-
-POLL_S = 20e-6
-"""Pause between looks while the device works; a step takes a hundred times as long, and the next
-one is queued behind it."""
+from nitsum.worker.cuda.runner import POLL_S, CudaRunner
 
 _PR_SET_TIMERSLACK = 29
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from nitsum.messages import Move, MoveDone, Step, StepDone, Work
 from nitsum.plan import Group
 from nitsum.shared import Progress
 from nitsum.worker.cuda.buckets import StepShape
+from nitsum.worker.cuda.grammar import DeviceGrammars
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.mover import CudaMover, Launched
 from nitsum.worker.cuda.ordering import units_of_step
@@ -25,6 +27,10 @@ from nitsum.worker.cuda.sampling import (
 )
 from nitsum.worker.cuda.signals import Signals
 from nitsum.worker.cuda.state import DeviceState, to_host
+
+POLL_S = 20e-6
+"""Pause between looks while the device works; a step takes a hundred times as long, and the next
+one is queued behind it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class CudaRunner:
         lanes: dict[Group, CudaLane],
         state: DeviceState,
         sampler: DeviceSampler,
+        grammars: DeviceGrammars,
         mover: CudaMover,
         signals: Signals,
         progress: Progress,
@@ -68,6 +75,7 @@ class CudaRunner:
         self._lanes = lanes
         self._state = state
         self._sampler = sampler
+        self._grammars = grammars
         self._mover = mover
         self._signals = signals
         self._progress = progress
@@ -113,7 +121,7 @@ class CudaRunner:
         yield
         self._take_in(step, lane, shape.num_seqs)
         yield
-        reports = self._compute(lane, step.work, shape)
+        reports = yield from self._compute(lane, step.work, shape)
         num_draws = sum(part.samples for part in step.work)
         leads = lane.comm.is_leader
         tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
@@ -130,14 +138,24 @@ class CudaRunner:
 
     def _take_in(self, step: Step, lane: CudaLane, width: int) -> None:
         self._sampler.join(step.joins)
+        self._grammars.join(step.joins)
         self._state.take_in(pack(step, lane.comm.member, width, self._state.max_pages))
 
-    def _compute(self, lane: CudaLane, work: list[Work], shape: StepShape) -> Reports | None:
+    def _compute(
+        self, lane: CudaLane, work: list[Work], shape: StepShape
+    ) -> Generator[None, None, Reports | None]:
         """Forward and draw; what requests asked to hear, on the leader."""
-        logits, draws = lane.compute(shape, work)
         needs = self._sampler.needs(work)
-        reports = lane.comm.is_leader and self._sampler.reports_anything(work)
-        raw = logits.clone() if reports and needs.shapes_logits else logits
+        leads = lane.comm.is_leader
+        reading = self._grammars.read(work) if leads and needs.keeps_grammar else None
+        arrived = None if reading is None else _record_event()
+        logits, draws = lane.compute(shape, work)
+        reports = leads and self._sampler.reports_anything(work)
+        shapes = needs.shapes_logits or reading is not None
+        raw = logits.clone() if reports and shapes else logits
+        if reading is not None and arrived is not None:
+            yield from _wait_for(arrived)
+            self._grammars.mask(logits, reading)
         captured = captured_needs(needs)
         if shape.is_decode and captured is not None:
             lane.draw_captured(shape, captured)
@@ -191,3 +209,10 @@ def _record_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _wait_for(event: torch.cuda.Event) -> Iterator[None]:
+    """Pause until `event` has happened; what is launched already goes on meanwhile."""
+    while not event.query():
+        time.sleep(POLL_S)
+        yield

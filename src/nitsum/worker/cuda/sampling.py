@@ -34,9 +34,14 @@ CAPTURED = (GREEDY, RANDOM, FILTERED)
 
 
 def captured_needs(needs: SamplingNeeds) -> SamplingNeeds | None:
-    """Which of `CAPTURED` draws for `needs`; None when logits are to be shaped first."""
+    """Which of `CAPTURED` draws for `needs`; None when logits are to be shaped first.
+
+    Grammars mask logits before any draw, so they ask nothing of it.
+    """
     if needs.shapes_logits:
         return None
+    if needs.keeps_grammar:
+        needs = needs._replace(keeps_grammar=False)
     return next(known for known in CAPTURED if known.union(needs) == known)
 
 

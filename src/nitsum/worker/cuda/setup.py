@@ -31,6 +31,7 @@ from nitsum.worker.arena import Arena, Pages
 from nitsum.worker.cuda.attention import AttentionMaker
 from nitsum.worker.cuda.buckets import StepShape, chunk_shapes, decode_shapes, decode_sizes
 from nitsum.worker.cuda.comm import CommSizes, CudaComm
+from nitsum.worker.cuda.grammar import DeviceGrammars
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
 from nitsum.worker.cuda.mover import CudaMover
@@ -41,6 +42,7 @@ from nitsum.worker.cuda.sampling import CAPTURED, DeviceSampler
 from nitsum.worker.cuda.signals import Signals
 from nitsum.worker.cuda.state import DeviceState, warm_up_pinned
 from nitsum.worker.cuda.symmetric import Shared, SymmetricMemory, ranks_share_devices
+from nitsum.worker.grammar import GrammarMasks
 from nitsum.worker.weights import ResidentWeights, load_weights, open_source
 
 START_TIMEOUT_S = 900.0
@@ -68,6 +70,7 @@ class Parts:
     words: Shared
     tensors: StepTensors
     sampler: DeviceSampler
+    grammars: DeviceGrammars
     rope: torch.Tensor
 
 
@@ -160,11 +163,13 @@ def _map(
     state = DeviceState(rows, spec.block_tokens, spec.max_num_seqs)
     tensors = StepTensors.empty(spec.max_batch_tokens, spec.max_num_seqs, state.max_pages, device)
     sampler = DeviceSampler(rows.own, max_draws, geometry.shape.vocab_size)
+    masks = GrammarMasks(Path(spec.model), spec.num_threads)
+    grammars = DeviceGrammars(rows.own, masks, geometry.shape.vocab_size)
     shape = geometry.shape
     rope = rope_table(shape.rope, shape.head_dim, row_tokens(spec), dtype, device)
     return Parts(
         spec, geometry, device, dtype, memory, weights, comms, state, rows, words, tensors,
-        sampler, rope,
+        sampler, grammars, rope,
     )  # fmt: skip
 
 
@@ -197,6 +202,7 @@ def _mixed_step(parts: Parts, group: Group, lane: CudaLane, work: list[Work]) ->
     shaping = [needs._replace(shapes_logits=True) for needs in CAPTURED]
     for needs in (*CAPTURED, *shaping):
         parts.sampler.draw(logits, draws, needs, lane.comm, longest)
+    parts.grammars.warm_up(logits)
     del raw
 
 
@@ -318,7 +324,15 @@ def _runner(
     spec, geometry = parts.spec, parts.geometry
     per_page = {group: geometry.units_per_page(group.degree) for group in lanes}
     return CudaRunner(
-        spec.rank, lanes, parts.state, parts.sampler, mover, signals, progress, per_page
+        spec.rank,
+        lanes,
+        parts.state,
+        parts.sampler,
+        parts.grammars,
+        mover,
+        signals,
+        progress,
+        per_page,
     )
 
 

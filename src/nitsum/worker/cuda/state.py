@@ -72,6 +72,9 @@ def warm_up_pinned() -> None:
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A pinned copy that is complete when the current stream has come to here."""
-    pin = torch.cuda.is_available()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-    return host.copy_(tensor, non_blocking=True)
+    return pin_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
+
+
+def pin_empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """Host memory the device can reach by itself, where there is a device."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
