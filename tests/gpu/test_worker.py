@@ -43,6 +43,7 @@ KEEPS_GRAMMARS = find_spec("llguidance") is not None
 needs_llguidance = pytest.mark.skipif(not KEEPS_GRAMMARS, reason="llguidance is not installed")
 VOCAB = 448
 """More than the tokenizer has."""
+HIDDEN_SIZE = 48
 NUM_TOKENS = 9
 TOLERANCE = 1e-3
 """Of logits with a standard deviation of a few units, float32 on both sides."""
@@ -85,6 +86,7 @@ def reference(folder: Path) -> dict[str, list[StepDone]]:
         return {
             "greedy": driver.generate(ALONE_0, NUM_TOKENS, GREEDY),
             "random": driver.generate(ALONE_0, NUM_TOKENS, RANDOM),
+            "state": driver.generate(ALONE_0, 2, STATE),
             "held": driver.generate(ALONE_0, NUM_TOKENS, HELD) if KEEPS_GRAMMARS else [],
         }
     finally:
@@ -94,6 +96,7 @@ def reference(folder: Path) -> dict[str, list[StepDone]]:
 RANDOM = SamplingParams(
     temperature=1.5, seed=9, top_p=0.95, frequency_penalty=0.8, repetition_penalty=1.2, logprobs=2
 )
+STATE = SamplingParams(temperature=0.0, return_hidden=True)
 HELD = SamplingParams(
     temperature=1.0,
     seed=4,
@@ -136,6 +139,19 @@ def test_random_draws_are_those_of_cpu_ranks(
         assert other is not None
         assert one.top_ids == other.top_ids
         assert one.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("group", [ALONE_0, ALONE_1, BOTH], ids=str)
+def test_states_are_those_of_cpu_ranks(
+    driver: Driver, reference: dict[str, list[StepDone]], group: Group
+):
+    """Of a step with a chunk, and of one with nothing but decodes."""
+    done = driver.generate(group, 2, STATE)
+    for one, other in zip(done, reference["state"], strict=True):
+        ours, theirs = (torch.frombuffer(bytearray(d.hidden[0] or b""), dtype=torch.float32)
+                        for d in (one, other))  # fmt: skip
+        assert len(ours) == HIDDEN_SIZE
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 @needs_llguidance

@@ -111,12 +111,6 @@ def test_bad_fields_are_named(bench: Bench, fields: dict[str, Any], param: str) 
     assert bench.engine.requests == []
 
 
-def test_gpu_ranks_refuse_it_by_name(checkpoint: Path) -> None:
-    answer = embed(Bench(checkpoint, device="cuda"), "hello")
-    assert (answer.status_code, error_of(answer)["code"]) == (400, "unsupported_endpoint")
-    assert "CPU ranks only" in error_of(answer)["message"]
-
-
 def test_a_refusal_is_the_engines(checkpoint: Path) -> None:
     def refuse(request: Request) -> Output:
         return Output(

@@ -44,6 +44,7 @@ class SamplingNeeds(NamedTuple):
     top_k: bool = False
     top_p: bool = False
     keeps_grammar: bool = False
+    reports: bool = False
 
     def union(self, other: SamplingNeeds) -> SamplingNeeds:
         return SamplingNeeds(*(a or b for a, b in zip(self, other, strict=True)))
@@ -60,6 +61,7 @@ def sampling_needs(sampling: SamplingParams) -> SamplingNeeds:
         top_k=random and s.top_k > 0,
         top_p=random and s.top_p < 1,
         keeps_grammar=s.grammar is not None,
+        reports=s.logprobs is not None or s.return_logits or s.return_hidden,
     )
 
 

@@ -63,12 +63,6 @@ async def embeddings(http: HttpRequest) -> Response:
 
 
 def _check(service: Service, body: EmbeddingBody) -> None:
-    if service.settings.device != "cpu":
-        raise ApiError(
-            "Embeddings are offered by CPU ranks only; this server has "
-            f"{service.settings.device} ranks.",
-            code="unsupported_endpoint",
-        )
     if body.encoding_format not in (None, "float", "base64"):
         raise bad_request("encoding_format is float or base64.", "encoding_format")
     check_range(body.priority, "priority", -_ORDER_MAX, _ORDER_MAX)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,10 +41,24 @@ class StepGraph:
     tensors: StepTensors
     attention: AttentionBackend
     graph: torch.cuda.CUDAGraph
-    result: torch.Tensor
-    """Decode: logits [sequences, V] float32. Else hidden states [tokens, hidden]."""
+    hidden: torch.Tensor
+    """[tokens, hidden], normed."""
+    logits: torch.Tensor | None
+    """[sequences, V] float32, of decode shapes."""
     draws: dict[SamplingNeeds, torch.cuda.CUDAGraph]
     """Of decode shapes."""
+
+
+class StepResult(NamedTuple):
+    """What a step computed, valid until the lane's next one."""
+
+    logits: torch.Tensor
+    """[m, V] float32, or [sequences, V] of a decode shape."""
+    draws: Draws
+    hidden: torch.Tensor
+    """[n, hidden], normed."""
+    rows: torch.Tensor
+    """[m] int64: which of them each draw is from."""
 
 
 class CudaLane:
@@ -88,8 +102,8 @@ class CudaLane:
 
     # -- a step --
 
-    def compute(self, shape: StepShape, work: Sequence[Work]) -> tuple[torch.Tensor, Draws]:
-        """Logits of the work at hand: [m, V], or [sequences, V] of a decode shape."""
+    def compute(self, shape: StepShape, work: Sequence[Work]) -> StepResult:
+        """The work at hand."""
         num_draws = sum(part.samples for part in work)
         if not shape.has_graph:
             return self._compute_eagerly(shape, work, num_draws)
@@ -97,10 +111,10 @@ class CudaLane:
         if captured.attention.plans_on_host:
             self._plan_on_host(captured.attention, captured.tensors, work, shape)
         captured.graph.replay()
-        draws = _draws(captured.tensors)
-        if shape.is_decode:
-            return captured.result, draws
-        return self._logits(captured.result, captured.tensors, num_draws), draws.first(num_draws)
+        if captured.logits is None:
+            return self._result(captured.hidden, captured.tensors, num_draws)
+        tensors = captured.tensors
+        return StepResult(captured.logits, _draws(tensors), captured.hidden, tensors.sample_rows)
 
     def draw_captured(self, shape: StepShape, needs: SamplingNeeds) -> None:
         """By a graph, from the logits of the last `compute` of this decode shape."""
@@ -108,15 +122,19 @@ class CudaLane:
 
     def _compute_eagerly(
         self, shape: StepShape, work: Sequence[Work], num_draws: int
-    ) -> tuple[torch.Tensor, Draws]:
+    ) -> StepResult:
         tensors = self._tensors.narrow(shape.num_tokens, shape.num_seqs)
         if self._eager.plans_on_host:
             self._plan_on_host(self._eager, tensors, work, shape)
         else:
             self._prepare(tensors, decode=False)
             self._eager.plan(_sequences(tensors), None)
-        hidden = self._hidden(tensors, self._eager)
-        return self._logits(hidden, tensors, num_draws), _draws(tensors).first(num_draws)
+        return self._result(self._hidden(tensors, self._eager), tensors, num_draws)
+
+    def _result(self, hidden: torch.Tensor, tensors: StepTensors, num_draws: int) -> StepResult:
+        logits = self._logits(hidden, tensors, num_draws)
+        draws, rows = _draws(tensors).first(num_draws), tensors.sample_rows[:num_draws]
+        return StepResult(logits, draws, hidden, rows)
 
     def _plan_on_host(
         self,
@@ -170,18 +188,20 @@ class CudaLane:
         if attention.plans_on_host:
             self._plan_on_host(attention, tensors, (), shape)
 
-        def step() -> torch.Tensor:
+        def step() -> tuple[torch.Tensor, torch.Tensor | None]:
             if not attention.plans_on_host:
                 self._prepare(tensors, decode=shape.is_decode)
                 attention.plan(_sequences(tensors), None)
             hidden = self._hidden(tensors, attention)
-            return self._logits(hidden, tensors, shape.num_seqs) if shape.is_decode else hidden
+            decode = shape.is_decode
+            return hidden, self._logits(hidden, tensors, shape.num_seqs) if decode else None
 
-        graph, result = _capture(step, stream, pool)
+        graph, (hidden, logits) = _capture(step, stream, pool)
         draws: dict[SamplingNeeds, torch.cuda.CUDAGraph] = {}
-        for needs in CAPTURED if shape.is_decode else ():
-            draws[needs], _ = _capture(self._drawing(result, tensors, needs), stream, pool)
-        self._graphs[shape] = StepGraph(tensors, attention, graph, result, draws)
+        if logits is not None:
+            for needs in CAPTURED:
+                draws[needs], _ = _capture(self._drawing(logits, tensors, needs), stream, pool)
+        self._graphs[shape] = StepGraph(tensors, attention, graph, hidden, logits, draws)
         self._shapes = sorted(self._graphs)
 
     def _drawing(

@@ -22,6 +22,7 @@ from nitsum.worker.cuda.sampling import (
     DeviceSampler,
     Reports,
     captured_needs,
+    read_hidden,
     read_logits,
     read_logprobs,
 )
@@ -149,8 +150,8 @@ class CudaRunner:
         leads = lane.comm.is_leader
         reading = self._grammars.read(work) if leads and needs.keeps_grammar else None
         arrived = None if reading is None else _record_event()
-        logits, draws = lane.compute(shape, work)
-        reports = leads and self._sampler.reports_anything(work)
+        logits, draws, hidden, rows = lane.compute(shape, work)
+        reports = leads and needs.reports
         shapes = needs.shapes_logits or reading is not None
         raw = logits.clone() if reports and shapes else logits
         if reading is not None and arrived is not None:
@@ -162,7 +163,7 @@ class CudaRunner:
         elif logits.shape[0]:
             longest = max(part.start + part.num_tokens for part in work)
             self._sampler.draw(logits, draws, needs, lane.comm, longest)
-        return self._sampler.reports(work, raw) if reports else None
+        return self._sampler.reports(work, raw, hidden, rows) if reports else None
 
     # -- moves --
 
@@ -201,6 +202,7 @@ def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
         seconds,
         read_logprobs(done.reports, num_draws),
         read_logits(done.reports, num_draws),
+        read_hidden(done.reports, num_draws),
         idle_s=idle_s,
     )
 

@@ -36,12 +36,12 @@ CAPTURED = (GREEDY, RANDOM, FILTERED)
 def captured_needs(needs: SamplingNeeds) -> SamplingNeeds | None:
     """Which of `CAPTURED` draws for `needs`; None when logits are to be shaped first.
 
-    Grammars mask logits before any draw, so they ask nothing of it.
+    Grammars mask logits before any draw, and reports come after it: neither asks anything of it.
     """
     if needs.shapes_logits:
         return None
-    if needs.keeps_grammar:
-        needs = needs._replace(keeps_grammar=False)
+    if needs.keeps_grammar or needs.reports:
+        needs = needs._replace(keeps_grammar=False, reports=False)
     return next(known for known in CAPTURED if known.union(needs) == known)
 
 
@@ -73,6 +73,9 @@ class Reports(NamedTuple):
     logit_rows: list[int]
     logits: torch.Tensor | None
     """[l, V] float32, pinned."""
+    hidden_rows: list[int]
+    hidden: torch.Tensor | None
+    """[h, hidden] float32, pinned: the states that tokens were drawn from."""
 
 
 class DeviceSampler:
@@ -141,24 +144,33 @@ class DeviceSampler:
 
     # -- what is reported --
 
-    def reports_anything(self, work: Sequence[Work]) -> bool:
-        samplings = (self._asked[part.slot].sampling for part in work if part.samples)
-        return any(s.logprobs is not None or s.return_logits for s in samplings)
+    def reports(
+        self, work: Sequence[Work], logits: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor
+    ) -> Reports:
+        """From raw `logits` and the tokens just drawn, on their way to pinned memory.
 
-    def reports(self, work: Sequence[Work], logits: torch.Tensor) -> Reports:
-        """From raw `logits` and the tokens just drawn, on their way to pinned memory."""
+        `hidden` [n, hidden]; `rows` [m] int64 on the device, of the states that were drawn from.
+        """
         samplings = [self._asked[part.slot].sampling for part in work if part.samples]
-        rows = [i for i, s in enumerate(samplings) if s.logprobs is not None]
+        scored = [i for i, s in enumerate(samplings) if s.logprobs is not None]
         num_top = [
             min(s.logprobs or 0, logits.shape[1]) for s in samplings if s.logprobs is not None
         ]
         logit_rows = [i for i, s in enumerate(samplings) if s.return_logits]
+        hidden_rows = [i for i, s in enumerate(samplings) if s.return_hidden]
         parts: tuple[torch.Tensor, ...] = ()
-        if rows:
-            found = logprobs(logits[rows], self.tokens[rows], max(num_top))
+        if scored:
+            index = self._index(scored)
+            found = logprobs(logits[index], self.tokens[index], max(num_top))
             parts = tuple(to_host(part) for part in found)
-        wanted = to_host(logits[logit_rows]) if logit_rows else None
-        return Reports(rows, num_top, parts, logit_rows, wanted)
+        raw = to_host(logits[self._index(logit_rows)]) if logit_rows else None
+        states = hidden[rows[self._index(hidden_rows)]] if hidden_rows else None
+        states = None if states is None else to_host(states.float())
+        return Reports(scored, num_top, parts, logit_rows, raw, hidden_rows, states)
+
+    def _index(self, rows: list[int]) -> torch.Tensor:
+        """On the device without waiting for it, which indexing by a list does."""
+        return upload(torch.tensor(rows, dtype=torch.int64), self._table.device)
 
 
 def read_logprobs(reports: Reports, num_draws: int) -> list[TokenLogprobs | None]:
@@ -173,9 +185,20 @@ def read_logprobs(reports: Reports, num_draws: int) -> list[TokenLogprobs | None
 
 
 def read_logits(reports: Reports, num_draws: int) -> list[bytes | None]:
-    if reports.logits is None:
+    return _read_rows(reports.logits, reports.logit_rows, num_draws)
+
+
+def read_hidden(reports: Reports, num_draws: int) -> list[bytes | None]:
+    return _read_rows(reports.hidden, reports.hidden_rows, num_draws)
+
+
+def _read_rows(
+    values: torch.Tensor | None, rows: Sequence[int], num_draws: int
+) -> list[bytes | None]:
+    """After the step: bytes of each of `values`, which are those of draws `rows`."""
+    if values is None:
         return []
     found: list[bytes | None] = [None] * num_draws
-    for i, row in enumerate(reports.logit_rows):
-        found[row] = reports.logits[i].numpy().tobytes()
+    for value, row in zip(values, rows, strict=True):
+        found[row] = value.numpy().tobytes()
     return found

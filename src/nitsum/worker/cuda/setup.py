@@ -194,7 +194,7 @@ def _mixed_step(parts: Parts, group: Group, lane: CudaLane, work: list[Work]) ->
     shape = lane.shape_for(work)
     parts.state.take_in(pack(step, lane.comm.member, shape.num_seqs, parts.state.max_pages))
     parts.sampler.join(joins)
-    logits, draws = lane.compute(shape, work)
+    logits, draws, _, _ = lane.compute(shape, work)
     if not len(logits):
         return
     raw = logits.clone()  # as when a request wants to see what others shape

@@ -18,7 +18,7 @@ from nitsum.worker.cuda.comm import CommSizes, CudaComm
 from nitsum.worker.cuda.grammar import DeviceGrammars
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.packing import pack
-from nitsum.worker.cuda.sampling import DeviceSampler
+from nitsum.worker.cuda.sampling import DeviceSampler, Reports
 from nitsum.worker.cuda.state import DeviceState
 from nitsum.worker.cuda.symmetric import SymmetricMemory
 from nitsum.worker.grammar import GrammarMasks
@@ -46,6 +46,8 @@ class Rank:
         rows = memory.allocate((8, ROW_TOKENS), torch.int32, None)
         self.state = DeviceState(rows, BLOCK_TOKENS, MAX_SEQS)
         self.sampler = DeviceSampler(rows.own, MAX_SEQS, shape.vocab_size)
+        self.reports: Reports | None = None
+        """Of the last step that drew."""
         self.grammars = DeviceGrammars(rows.own, GrammarMasks(folder, 2), shape.vocab_size)
         units = 64 * geometry.num_units
         flat = torch.zeros(units * geometry.unit_bytes(BLOCK_TOKENS, 4) // 4, device=DEVICE)
@@ -72,15 +74,17 @@ class Rank:
         message = Step(1, 1, ALONE, joins, pages, work)
         self.state.take_in(pack(message, 0, shape.num_seqs, self.state.max_pages))
         reading = self.grammars.read(work)
-        logits, draws = self.lane.compute(shape, work)
-        raw = logits.cpu().clone()
+        logits, draws, hidden, rows = self.lane.compute(shape, work)
+        raw = logits.clone()
         if len(logits):
             if reading is not None:
                 self.synchronize()
                 self.grammars.mask(logits, reading)
             needs = self.sampler.needs(work)
             self.sampler.draw(logits, draws, needs, self.lane.comm, ROW_TOKENS)
-        return raw
+            self.reports = self.sampler.reports(work, raw, hidden, rows)
+            self.synchronize()
+        return raw.cpu()
 
     def row(self, num_tokens: int, slot: int = SLOT) -> list[int]:
         return self.state.rows[slot, :num_tokens].tolist()

@@ -18,6 +18,7 @@ from nitsum.worker.cuda.sampling import (
     RANDOM,
     DeviceSampler,
     captured_needs,
+    read_hidden,
     read_logits,
     read_logprobs,
 )
@@ -44,13 +45,39 @@ def test_a_sequence_in_chunks_and_steps(tmp_path: Path):
     logits = torch.cat([first, *rest])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert row[9] == int(expected[-1].argmax())
-    reports = rank.sampler.reports([Work(SLOT, 8, 1, True)], rest[-1].to(DEVICE))
-    (logprobs,) = read_logprobs(reports, 1)
+    assert rank.reports is not None
+    (logprobs,) = read_logprobs(rank.reports, 1)
     assert logprobs is not None
     assert logprobs.top_ids[0] == row[9]
     assert logprobs.logprob == pytest.approx(float(expected[-1].log_softmax(-1)[row[9]]), abs=1e-4)
-    (raw,) = read_logits(reports, 1)
+    (raw,) = read_logits(rank.reports, 1)
     assert raw == rest[-1].numpy().tobytes()
+    assert read_hidden(rank.reports, 1) == []
+
+
+def test_the_state_a_prompt_ends_in_is_reported_to_who_asks(tmp_path: Path):
+    """Beside a request that does not ask, and where a step has one token only."""
+    model = write_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    rank = Rank(tmp_path)
+    asks = SamplingParams(temperature=0.0, return_hidden=True)
+    n = len(PROMPT)
+    joins = [Join(SLOT, PROMPT, n, n, asks), Join(4, PROMPT, n, n, SamplingParams())]
+    pages = [Pages(SLOT, 0, [PAGES]), Pages(4, 0, [[12, 13]])]
+    rank.step([Work(4, 0, 5, True), Work(SLOT, 0, n, True)], joins, pages)
+    with torch.no_grad():
+        states = model.model(torch.tensor([PROMPT])).last_hidden_state[0]
+    assert hidden_of(rank, 2)[0] is None
+    for num_draws in (2, 1):
+        state = hidden_of(rank, num_draws)[-1]
+        assert state is not None
+        found = torch.frombuffer(bytearray(state), dtype=torch.float32)
+        torch.testing.assert_close(found, states[-1], rtol=0, atol=1e-4)
+        rank.step([Work(SLOT, n - 1, 1, True)], [], [])
+
+
+def hidden_of(rank: Rank, num_draws: int) -> list[bytes | None]:
+    assert rank.reports is not None
+    return read_hidden(rank.reports, num_draws)
 
 
 def test_a_batch_draws_by_the_most_demanding_graph_it_needs():
@@ -59,6 +86,7 @@ def test_a_batch_draws_by_the_most_demanding_graph_it_needs():
         (SamplingParams(), RANDOM),
         (SamplingParams(top_p=0.9), FILTERED),
         (SamplingParams(top_k=5), FILTERED),
+        (SamplingParams(logprobs=2), RANDOM),
     ]
     sampler = DeviceSampler(torch.zeros(8, 8, dtype=torch.int32, device=DEVICE), 4, 16)
     for slot, (sampling, captured) in enumerate(cases):
