@@ -90,6 +90,20 @@ def test_a_forced_tool_call(client, served):
     assert json.loads(call.function.arguments)["city"] in CITIES
 
 
+def test_a_tool_call_that_the_length_cuts_off(client, served):
+    asked: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 24}
+    asked |= {"tools": [WEATHER], "tool_choice": "required", "temperature": 0}
+    whole = client.chat.completions.create(**asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert whole.finish_reason == chunks[-1].finish_reason == "length"
+    (call,) = whole.message.tool_calls
+    (delta,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert call.function.name == delta.function.name == "get_weather"
+    assert call.function.arguments == delta.function.arguments
+    assert '{"city": "Amsterdam"}'.startswith(call.function.arguments[:9])
+    assert not whole.message.content
+
+
 def test_an_answer_that_keeps_to_a_schema(client, served):
     answer = client.chat.completions.parse(
         model=served.model, messages=MESSAGES, response_format=River, max_tokens=60

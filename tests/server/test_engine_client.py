@@ -199,6 +199,22 @@ def test_replies_find_who_asked(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_one_operation_has_one_plan(tmp_path: Path) -> None:
+    async def body(client: ZmqEngineClient, link: ServerLink) -> None:
+        ask = asyncio.create_task(client.switch("op", "4xTP1"))
+        assert await received(link) == [SwitchPlan("op", "4xTP1")]
+        with pytest.raises(ApiError, match="'op' is a switch to 4xTP1") as caught:
+            await client.switch("op", "TP4")
+        assert (caught.value.status, caught.value.param) == (409, "op_id")
+        assert caught.value.code == "op_id_in_use"
+        report = SwitchReport("op", "TP4", "4xTP1", ok=True)
+        link.send(report)
+        assert await ask == report, "the refused one changes nothing"
+        assert link.receive() == []
+
+    run(tmp_path, body)
+
+
 def test_a_silent_engine_is_an_error(tmp_path: Path) -> None:
     async def body(client: ZmqEngineClient, link: ServerLink) -> None:
         with pytest.raises(ApiError, match="not answered") as caught:

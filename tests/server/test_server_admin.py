@@ -164,6 +164,9 @@ def test_plans_and_switch(plans_bench: Bench) -> None:
     assert body["lanes"][0]["group"] == "TP1@0"
     again = bench.post("/admin/plans/switch", {"plan": "TP4", "op_id": "op-1"})
     assert again.json() == response.json(), "one op_id is one switch"
+    other = bench.post("/admin/plans/switch", {"plan": "4xTP1", "op_id": "op-1"})
+    assert other.status_code == 409
+    assert (error_of(other)["param"], error_of(other)["code"]) == ("op_id", "op_id_in_use")
     assert bench.says("x").chat().headers["x-nitsum-plan"] == "TP4"
 
 

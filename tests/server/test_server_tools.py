@@ -94,11 +94,67 @@ def test_only_one_call_when_not_parallel(bench: Bench) -> None:
     assert streamed(bench, parallel_tool_calls=False) == expected
 
 
-def test_a_call_cut_by_length_is_text(bench: Bench) -> None:
-    text, calls, finish = whole(bench.says(HERMES), max_tokens=12)
-    assert (calls, finish) == ([], "length")
-    assert text is not None
-    assert HERMES.startswith(text)
+CUT: list[tuple[str, tuple[str | None, list[tuple[str, str]]]]] = [
+    ("<tool_call>", ("<tool_call>", [])),
+    ('<tool_call>{"name": "get_wea', ('<tool_call>{"name": "get_wea', [])),
+    ('<tool_call>{"name": "unknown", "a', ('<tool_call>{"name": "unknown", "a', [])),
+    ('<tool_call>{"name": "get_time"', (None, [("get_time", "")])),
+    ('<tool_call>{"name": "get_time", "argum', (None, [("get_time", "")])),
+    ('<tool_call>{"name": "get_time", "arguments": ', (None, [("get_time", "")])),
+    (
+        'I look. <tool_call>\n{"name": "get_weather", "arguments": {"city": "Kö',
+        ("I look.", [("get_weather", '{"city": "Kö')]),
+    ),
+    ('<tool_call>{"name": "get_time", "arguments": {"a": "<', (None, [("get_time", '{"a": "<')])),
+    ('<tool_call>{"name":"get_time","arguments":{"a":1}', (None, [("get_time", '{"a": 1}')])),
+    (HERMES.removesuffix("call>"), (None, [("get_weather", '{"city": "Köln"}')])),
+    (
+        SECOND + '<tool_call>{"name": "get_weather", "arguments": {"ci',
+        (None, [("get_time", "{}"), ("get_weather", '{"ci')]),
+    ),
+    ('{"name": "get_time", "parameters": {"a": [1, ', (None, [("get_time", '{"a": [1, ')])),
+    (
+        LLAMA + '; {"name": "get_time", "parameters": {',
+        (None, [("get_weather", '{"city": "Köln"}'), ("get_time", "{")]),
+    ),
+    ('{"name": "get_time", "note": "no', ('{"name": "get_time", "note": "no', [])),
+    ('{"name": "Jo', ('{"name": "Jo', [])),
+]
+
+
+def cut_off(bench: Bench, text: str, *, stream: bool) -> tuple[str | None, list[tuple[str, str]]]:
+    """Content and calls of an answer that is `text` and would go on."""
+    bench.says(text + "    x" * 50)
+    answer = bench.chat(tools=TOOLS, max_tokens=len(bench.ids(text)), stream=stream)
+    if not stream:
+        choice = answer.json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        message = choice["message"]
+        return message["content"], _named(message.get("tool_calls", []))
+    chunks = events_of(answer)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["index"] for call in calls] == list(range(len(calls)))
+    return joined_text(chunks) or None, _named(calls)
+
+
+def _named(calls: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    assert all(call["id"] and call["type"] == "function" for call in calls)
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+@pytest.mark.parametrize(("text", "expected"), CUT, ids=lambda v: str(v)[-30:])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_by_length_has_its_arguments_so_far(
+    bench: Bench, text: str, expected: tuple[str | None, list[tuple[str, str]]], stream: bool
+) -> None:
+    assert cut_off(bench, text, stream=stream) == expected
+
+
+@pytest.mark.parametrize("text", [CUT[3][0], CUT[11][0]])
+def test_what_is_no_whole_call_stays_text_when_the_model_ends_it(bench: Bench, text: str) -> None:
+    assert whole(bench.says(text)) == (text, [], "stop")
 
 
 def test_the_template_gets_the_tools(bench: Bench) -> None:
@@ -116,17 +172,21 @@ def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
     assert error_of(bench.chat(tools=TOOLS))["param"] == "tools"
 
 
+TEXTS = [case[0] for case in CASES] + [case[0] for case in CUT] + [HERMES + "x" + LLAMA]
+
+
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), text=st.sampled_from([case[0] for case in CASES] + [HERMES + "x" + LLAMA]))
+@given(data=st.data(), text=st.sampled_from(TEXTS))
 def test_parts_do_not_depend_on_where_text_is_cut(data: st.DataObject, text: str) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert parsed(pieces) == parsed([text])
+    cut = data.draw(st.booleans())
+    assert parsed(pieces, cut=cut) == parsed([text], cut=cut)
 
 
-def parsed(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def parsed(pieces: list[str], *, cut: bool) -> tuple[str, list[tuple[str, str]]]:
     parser = ToolCallParser({"get_weather", "get_time"})
-    parts = [part for piece in pieces for part in parser.add(piece)] + parser.flush()
+    parts = [part for piece in pieces for part in parser.add(piece)] + parser.flush(cut=cut)
     calls = [part.function for part in parts if isinstance(part, ToolCall)]
     text = "".join(part for part in parts if isinstance(part, str))
     return text, [(call.name, call.arguments) for call in calls]

@@ -61,7 +61,10 @@ class EngineClient(Protocol):
         ...
 
     async def switch(self, op_id: str, plan: str) -> SwitchReport:
-        """Go to `plan`; returns when the switch has ended, `ok` or not."""
+        """Go to `plan`; returns when the switch has ended, `ok` or not.
+
+        Raises `ApiError` (409) when `op_id` is that of a switch to another plan.
+        """
         ...
 
     async def drain(self) -> None:
@@ -88,6 +91,16 @@ def engine_gone() -> ApiError:
         type="server_error",
         code="server_is_overloaded",
         retry_after_s=_RETRY_AFTER_S,
+    )
+
+
+def op_id_in_use(op_id: str, its_plan: str, plan: str) -> ApiError:
+    """The 409 of an operation that is asked for again with another plan."""
+    return ApiError(
+        f"Operation {op_id!r} is a switch to {its_plan}. Use an op_id of its own for {plan}.",
+        status=409,
+        param="op_id",
+        code="op_id_in_use",
     )
 
 
@@ -162,6 +175,8 @@ class ZmqEngineClient:
         self._inboxes: dict[str, Inbox] = {}
         self._statuses: dict[str, asyncio.Future[Status]] = {}
         self._switches: dict[str, asyncio.Future[SwitchReport]] = {}
+        self._targets: dict[str, str] = {}
+        """By operation, the plans of switches that are waited for."""
         self._listeners: list[SwitchListener] = []
         self._connected = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -215,6 +230,10 @@ class ZmqEngineClient:
         self._post(Abort(request_id))
 
     async def switch(self, op_id: str, plan: str) -> SwitchReport:
+        self._targets = {op: its for op, its in self._targets.items() if op in self._switches}
+        its_plan = self._targets.setdefault(op_id, plan)
+        if its_plan != plan:
+            raise op_id_in_use(op_id, its_plan, plan)
         message = SwitchPlan(op_id, plan)
         return await self._ask(self._switches, op_id, message, self._switch_timeout_s)
 

@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from nitsum.engine.client import op_id_in_use
 from nitsum.errors import ApiError, bad_request
 from nitsum.messages import LaneStatus, SwitchReport
 from nitsum.server.respond import json_response
@@ -58,13 +59,7 @@ async def switch(http: HttpRequest) -> Response:
     service.metrics.asked_switch(op_id)
     report = await service.engine.switch(op_id, body.plan)
     if report.to_plan != body.plan:
-        raise ApiError(
-            f"Operation {op_id!r} is a switch to {report.to_plan}. Use an op_id of its own for "
-            f"{body.plan}.",
-            status=409,
-            param="op_id",
-            code="op_id_in_use",
-        )
+        raise op_id_in_use(op_id, report.to_plan, body.plan)
     return _report(report)
 
 

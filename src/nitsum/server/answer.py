@@ -144,7 +144,7 @@ class Answer:
         if not self._stops.found:
             self._release_held(piece)
         if self._tools is not None:
-            _append(piece, self._tools.flush())
+            _append(piece, self._tools.flush(cut=piece.finish_reason == "length"))
             if self._tools.num_calls and piece.finish_reason == "stop":
                 piece.finish_reason = "tool_calls"
 

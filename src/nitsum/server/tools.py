@@ -2,12 +2,14 @@
 
 Two notations are known: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` anywhere in the
 answer (Hermes, Qwen), and an answer that is nothing but such objects (Llama 3). A call is handed
-out when it is complete; what looks like one and is none stays text.
+out when it is complete, or with its arguments so far where the answer was cut off; what looks like
+one and is none stays text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable
 from typing import Any, cast
@@ -16,6 +18,12 @@ from nitsum.server.shapes import FunctionCall, ToolCall
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _SEPARATORS = " \t\r\n;,"
+# A call up to where it was cut off: within its arguments, or before them but with its whole name.
+_BEGUN = re.compile(
+    r'\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*'
+    r'(?:,\s*"(?:arguments|parameters)"\s*:\s*(?P<arguments>\{.*)|(?:,\s*(?:"\w*"?\s*:?\s*)?)?)',
+    re.DOTALL,
+)
 
 Part = str | ToolCall
 
@@ -48,15 +56,19 @@ class ToolCallParser:
             pass
         return parts
 
-    def flush(self) -> list[Part]:
-        """The rest, at the end of the answer."""
+    def flush(self, *, cut: bool) -> list[Part]:
+        """The rest, at the end of the answer; `cut` where it might have gone on."""
         rest, self._buffer = self._buffer, ""
         if self.done:
             return []
-        calls = self._calls(rest[len(_OPEN) :] if self._in_call else rest)
-        if calls and (self._bare or self._in_call):
-            return self._count(calls)
-        return [rest] if rest else []
+        calls: list[ToolCall] = []
+        if self._in_call:
+            inside = rest[len(_OPEN) :]
+            whole = inside[: len(inside) - _overlap(inside, _CLOSE)]
+            calls = self._calls(whole) or self._calls(inside, cut=cut)
+        elif self._bare:
+            calls = self._calls(rest, cut=cut)
+        return self._count(calls) or ([rest] if rest else [])
 
     def _step(self, parts: list[Part]) -> bool:
         """Take one text or one call off the buffer; False when nothing more is certain."""
@@ -87,16 +99,20 @@ class ToolCallParser:
         self.num_calls += len(allowed)
         return list(allowed)
 
-    def _calls(self, text: str) -> list[ToolCall]:
-        """The calls `text` consists of; none when any of it is something else."""
+    def _calls(self, text: str, *, cut: bool = False) -> list[ToolCall]:
+        """The calls `text` consists of; none when any of it is something else.
+
+        With `cut`, the last one may be incomplete.
+        """
         calls: list[ToolCall] = []
         decoder = json.JSONDecoder()
-        text = text.strip(_SEPARATORS)
+        text = text.lstrip(_SEPARATORS)
         while text:
             try:
                 value, end = decoder.raw_decode(text)
             except (ValueError, RecursionError):
-                return []
+                begun = self._begun(text) if cut else None
+                return [] if begun is None else [*calls, begun]
             call = self._call(value)
             if call is None:
                 return []
@@ -112,9 +128,34 @@ class ToolCallParser:
         if not isinstance(name, str) or name not in self._names:
             return None
         arguments = _arguments(fields.get("arguments", fields.get("parameters", {})))
-        if arguments is None:
+        return None if arguments is None else _new_call(name, arguments)
+
+    def _begun(self, text: str) -> ToolCall | None:
+        """The call that `text` is the beginning of, with what there is of its arguments."""
+        found = _BEGUN.fullmatch(text)
+        if found is None or (name := _string(found["name"])) not in self._names:
             return None
-        return ToolCall(f"call_{secrets.token_hex(12)}", FunctionCall(name, arguments))
+        return _new_call(name, _arguments_so_far(found["arguments"] or ""))
+
+
+def _new_call(name: str, arguments: str) -> ToolCall:
+    return ToolCall(f"call_{secrets.token_hex(12)}", FunctionCall(name, arguments))
+
+
+def _string(quoted: str) -> str | None:
+    try:
+        return json.loads(quoted)
+    except ValueError:
+        return None
+
+
+def _arguments_so_far(text: str) -> str:
+    """As JSON writes them if they are whole, else as the model began to."""
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return text
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _arguments(value: object) -> str | None:
@@ -135,12 +176,13 @@ def _looks_bare(text: str) -> bool | None:
 
 def _certain_length(text: str) -> int:
     """How much of `text` can neither begin a call nor be the space before one."""
-    end = len(text)
-    for length in range(min(len(_OPEN) - 1, end), 0, -1):
-        if _OPEN.startswith(text[-length:]):
-            end -= length
-            break
-    return len(text[:end].rstrip())
+    return len(text[: len(text) - _overlap(text, _OPEN)].rstrip())
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `mark`."""
+    lengths = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if mark.startswith(text[-length:])), 0)
 
 
 def _append_text(parts: list[Part], text: str) -> None:
