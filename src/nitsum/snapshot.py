@@ -24,6 +24,18 @@ class Happening(msgspec.Struct, frozen=True):
     count: int = 1
 
 
+class Restart(msgspec.Struct, frozen=True):
+    """A generation of workers that took over from one that died."""
+
+    restart_s: float
+    num_replayed: int
+    """Requests that go on."""
+
+    @property
+    def words(self) -> str:
+        return f"Workers restarted in {self.restart_s:.1f} s; {self.num_replayed} request(s) go on."
+
+
 class Tally(msgspec.Struct, frozen=True):
     """What the engine has counted since it started, and what happened last."""
 
@@ -36,8 +48,8 @@ class Tally(msgspec.Struct, frozen=True):
     num_evicted_blocks: int
     num_restarts: int
     num_replayed: int
-    last_restart_s: float
-    """How long the last restart of the workers took; 0 before the first."""
+    last_restarts: list[Restart]
+    """Some of them, the oldest first; empty before the first."""
     rank_busy_s: list[float]
     """Time spent in steps, by rank."""
     rank_busy_ratio: list[float]
@@ -51,3 +63,8 @@ class Tally(msgspec.Struct, frozen=True):
     """By rank and what it is for."""
     recent: list[Happening]
     """The oldest first."""
+
+    @property
+    def last_restart_s(self) -> float:
+        """How long the last restart of the workers took; 0 before the first."""
+        return self.last_restarts[-1].restart_s if self.last_restarts else 0.0

@@ -14,7 +14,8 @@ import pytest
 from nitsum.engine.fake_client import FakeEngineClient
 from nitsum.events import PlanDecided
 from nitsum.messages import Decision, Status
-from nitsum.snapshot import Buckets, Happening, Tally
+from nitsum.server.sampler import Sampler
+from nitsum.snapshot import Buckets, Happening, Restart, Tally
 from tests.server.server_kit import Bench, served
 
 TALLY = Tally(
@@ -25,7 +26,7 @@ TALLY = Tally(
     num_evicted_blocks=4,
     num_restarts=1,
     num_replayed=6,
-    last_restart_s=2.5,
+    last_restarts=[Restart(2.5, 6)],
     rank_busy_s=[12.5],
     rank_busy_ratio=[0.75],
     switch_gaps=Buckets([0.1, 0.2], [2, 1, 1], 0.9),
@@ -97,6 +98,44 @@ def test_the_page_may_load_nothing_else(bench: Bench):
     assert "default-src 'none'" in policy
     assert "unsafe-inline" not in policy
     assert policy.count("sha256-") == 2
+
+
+class RestartingEngine(FakeEngineClient):
+    """Its status tells of `restarts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restarts: list[Restart] = []
+
+    async def status(self, num_decisions: int = 0) -> Status:
+        tally = msgspec.structs.replace(
+            TALLY, num_restarts=len(self.restarts), last_restarts=list(self.restarts)
+        )
+        return msgspec.structs.replace(await super().status(), tally=tally)
+
+
+def test_each_restart_has_its_line_in_the_log(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = RestartingEngine()
+    sampler = Sampler(Bench(checkpoint, engine).app.state.service)
+
+    def looks() -> list[tuple[str, float]]:
+        caplog.clear()
+        asyncio.run(sampler.look())
+        return [(record.message, vars(record)["restart_s"]) for record in caplog.records]
+
+    assert looks() == []
+    engine.restarts += [Restart(0.3, 7), Restart(0.2504, 7)]
+    assert looks() == [
+        ("Workers restarted in 0.3 s; 7 request(s) go on.", 0.3),
+        ("Workers restarted in 0.3 s; 7 request(s) go on.", 0.25),
+    ]
+    assert looks() == []
+    engine.restarts = []  # the engine's process was started anew, and counts from nothing
+    assert looks() == []
+    engine.restarts.append(Restart(1.0, 1))
+    assert looks() == [("Workers restarted in 1.0 s; 1 request(s) go on.", 1.0)]
 
 
 def test_the_stream_goes_on_and_keeps_a_history(checkpoint: Path):

@@ -30,7 +30,7 @@ from nitsum.events import (
 from nitsum.messages import Ready
 from nitsum.shape import Geometry, ModelShape
 from nitsum.shared import comm_layout
-from nitsum.snapshot import Buckets, Happening
+from nitsum.snapshot import Buckets, Happening, Restart
 from nitsum.snapshot import Tally as TallyReport
 
 WINDOW_S = 10
@@ -124,7 +124,7 @@ class Tally:
             num_evicted_blocks=self._num_evicted_blocks,
             num_restarts=len(restarts),
             num_replayed=sum(restart.num_replayed for restart in restarts),
-            last_restart_s=restarts[-1].restart_s if restarts else 0.0,
+            last_restarts=[_restart(event) for event in restarts[-MAX_RECENT:]],
             rank_busy_s=list(self._busy.total_s),
             rank_busy_ratio=self._busy.ratios(now_s),
             switch_gaps=self._gaps.report(),
@@ -233,7 +233,7 @@ def sentence(event: AnyEvent) -> tuple[Kind, str] | None:
             num = len(event.request_ids)
             return "trouble", f"A wave of {num} request(s) was taken back: {event.reason}"
         case GenerationStarted():
-            return "restart", restarted(event.restart_s, event.num_replayed)
+            return "restart", _restart(event).words
         case PlanDecided() if event.chosen != event.plan:
             return "decision", f"{event.chosen} instead of {event.plan}: {event.reason}"
         case _:
@@ -248,9 +248,8 @@ def _switched(event: SwitchEnded) -> str:
     return f"From {event.from_plan} to {event.to_plan} {took}; {moved}{left}."
 
 
-def restarted(restart_s: float, num_replayed: int) -> str:
-    """A restart of the workers, in words."""
-    return f"Workers restarted in {restart_s:.1f} s; {num_replayed} request(s) go on."
+def _restart(event: GenerationStarted) -> Restart:
+    return Restart(event.restart_s, event.num_replayed)
 
 
 def plan_memory_bytes(config: EngineConfig, shape: ModelShape) -> dict[str, int]:

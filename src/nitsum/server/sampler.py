@@ -52,7 +52,7 @@ class Sampler:
         state = state_of(self._service, status, self._tokens_per_s(status))
         if state.engine_up or self._history:  # nothing to draw before the first answer
             self._history.append(sample_of(state))
-        self._note_restarts(state)
+        self._note_restarts(status)
         self._state = state
         self._looked.set()
         if not self._stopped:
@@ -89,9 +89,11 @@ class Sampler:
         self._num_tokens, self._looked_s = count, at_s
         return rate
 
-    def _note_restarts(self, state: State) -> None:
-        if state.num_restarts > self._num_restarts:
-            text = next((one.text for one in state.news if one.kind == "restart"), "")
-            log.warning(text, extra={"restart_s": round(state.last_restart_s, 3)})
-        if state.engine_up:
-            self._num_restarts = state.num_restarts
+    def _note_restarts(self, status: Status | None) -> None:
+        """A line for each restart since the last look."""
+        if status is None or status.tally is None:
+            return
+        num_new = status.tally.num_restarts - self._num_restarts
+        for restart in status.tally.last_restarts[-num_new:] if num_new > 0 else ():
+            log.warning(restart.words, extra={"restart_s": round(restart.restart_s, 3)})
+        self._num_restarts = status.tally.num_restarts

@@ -27,6 +27,7 @@ from nitsum.events import (
 )
 from nitsum.plan import Group, default_plans
 from nitsum.shape import ModelShape
+from nitsum.snapshot import Restart
 
 BOTH, FIRST = Group(2, 0), Group(1, 0)
 
@@ -95,6 +96,17 @@ def test_it_counts():
     assert report.refusals == [("flex", "rate_limit_exceeded", 1)]
     assert (report.num_evicted_blocks, report.num_output_tokens) == (3, 3)
     assert (report.num_restarts, report.num_replayed, report.last_restart_s) == (1, 4, 1.5)
+
+
+def test_it_remembers_every_restart():
+    def restart(generation: int, restart_s: float) -> GenerationStarted:
+        return GenerationStarted(
+            at_s=generation, generation=generation, num_replayed=2, restart_s=restart_s
+        )
+
+    report = tally_of(restart(2, 0.3), restart(3, 0.3), restart(4, 0.5)).report(5)
+    assert report.last_restarts == [Restart(0.3, 2), Restart(0.3, 2), Restart(0.5, 2)]
+    assert report.num_restarts == 3
 
 
 def test_a_step_keeps_all_its_ranks_busy():
