@@ -225,6 +225,13 @@ def test_metrics_of_answers(checkpoint: Path) -> None:
     assert value(bench, "vllm:time_to_first_token_seconds_count") == 2
     assert value(bench, "vllm:inter_token_latency_seconds_count") == num_output - 1
     assert value(bench, "vllm:e2e_request_latency_seconds_count") == 2
+    for phase in ("prefill", "decode", "inference"):
+        assert value(bench, f"vllm:request_{phase}_time_seconds_count") == 2
+    sums = [
+        value(bench, f"vllm:request_{phase}_time_seconds_sum") for phase in ("prefill", "decode")
+    ]
+    assert min(sums) >= 0
+    assert value(bench, "vllm:request_inference_time_seconds_sum") == pytest.approx(sum(sums))
     assert value(bench, "nitsum:tpot_seconds_count", tier="priority") == 1
     assert value(bench, "nitsum:queue_wait_seconds_sum", tier="priority") == pytest.approx(0.002)
     assert value(bench, "nitsum:slo_attained_total", tier="priority") == 1

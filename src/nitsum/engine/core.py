@@ -119,8 +119,8 @@ class Core:
 
     def abort(self, request_id: str) -> None:
         """The client does not want the rest: free everything, say nothing more."""
-        sequence = self.sequences.get(request_id)
-        if sequence is not None:
+        if (sequence := self.sequences.get(request_id)) is not None:
+            self.timeouts.cancel(sequence)
             self.committer.finish(self.generation, sequence, "abort")
 
     def switch(self, op_id: str, plan: str, reason: str = "asked for") -> None:

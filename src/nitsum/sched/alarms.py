@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from nitsum.request import Sequence
 
+SPARE = 64
+"""Entries of cancelled alarms that the heap may keep, beside one for each that is set."""
+
 
 class Alarms:
-    """A heap whose entries are cancelled by forgetting them: setting and cancelling are cheap."""
+    """A heap whose entries are cancelled by forgetting them: setting and cancelling are cheap.
+
+    Most requests are served long before anything is due for them. The heap has numbers in place of
+    sequences, so that it holds none of them, and is swept when most of its entries are cancelled.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Sequence]] = []
-        self._valid: dict[Sequence, int] = {}
-        self._ids = count()
+        self._heap: list[tuple[float, int]] = []
+        """(when it is due, number of the entry)"""
+        self._sequences: dict[int, Sequence] = {}
+        """By number, of entries that count."""
+        self._numbers: dict[Sequence, int] = {}
+        self._next = count()
 
     def set(self, sequence: Sequence, at_s: float) -> None:
         """Replaces the sequence's alarm, if it has one."""
-        entry_id = next(self._ids)
-        self._valid[sequence] = entry_id
-        heappush(self._heap, (at_s, entry_id, sequence))
+        self.cancel(sequence)
+        number = self._numbers[sequence] = next(self._next)
+        self._sequences[number] = sequence
+        heappush(self._heap, (at_s, number))
+        if len(self._heap) > 2 * len(self._sequences) + SPARE:
+            self._sweep()
 
     def cancel(self, sequence: Sequence) -> None:
-        self._valid.pop(sequence, None)
+        number = self._numbers.pop(sequence, None)
+        if number is not None:
+            del self._sequences[number]
 
     def due(self, now: float) -> Sequence | None:
         """The sequence whose time came first, if it has come; it stays until cancelled."""
         heap = self._heap
         while heap:
-            at_s, entry_id, sequence = heap[0]
-            if self._valid.get(sequence) == entry_id:
+            at_s, number = heap[0]
+            sequence = self._sequences.get(number)
+            if sequence is not None:
                 return sequence if at_s <= now else None
             heappop(heap)
         return None
 
+    def _sweep(self) -> None:
+        self._heap = [entry for entry in self._heap if entry[1] in self._sequences]
+        heapify(self._heap)
+
     def __len__(self) -> int:
-        return len(self._valid)
+        return len(self._sequences)

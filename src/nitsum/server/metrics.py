@@ -162,6 +162,15 @@ class VllmMetrics:
         self.queue_s = histogram(
             "request_queue_time_seconds", "Arrival to first step.", _FIRST_TOKEN_BUCKETS_S
         )
+        self.prefill_s = histogram(
+            "request_prefill_time_seconds", "First step to first token.", _FIRST_TOKEN_BUCKETS_S
+        )
+        self.decode_s = histogram(
+            "request_decode_time_seconds", "First token to last.", _REQUEST_BUCKETS_S
+        )
+        self.inference_s = histogram(
+            "request_inference_time_seconds", "First step to last token.", _REQUEST_BUCKETS_S
+        )
         self.request_prompt = histogram(
             "request_prompt_tokens", "Prompt tokens of a request.", _COUNT_BUCKETS
         )
@@ -324,6 +333,7 @@ class Watch:
         vllm.e2e_s.observe(now_s() - self.request.arrival_s)
         vllm.request_prompt.observe(len(self.request.prompt))
         vllm.request_output.observe(self.num_tokens)
+        self._observe_phases()
         tpot_s = self.tpot_s
         if tpot_s is not None:
             vllm.tpot_s.observe(tpot_s)
@@ -333,6 +343,15 @@ class Watch:
         self._metrics.scores.add(self.tier, met=met, ttft_s=self.ttft_s, tpot_s=tpot_s)
         if met:
             ours.goodput.labels(self.tier).inc(self.num_tokens)
+
+    def _observe_phases(self) -> None:
+        if self.first_s is None or self.queue_s is None:
+            return
+        vllm = self._metrics.vllm
+        begun_s = min(self.request.arrival_s + self.queue_s, self.first_s)
+        vllm.prefill_s.observe(self.first_s - begun_s)
+        vllm.decode_s.observe(self._last_s - self.first_s)
+        vllm.inference_s.observe(self._last_s - begun_s)
 
     @property
     def ttft_s(self) -> float | None:

@@ -165,14 +165,18 @@ class SwitchBody(msgspec.Struct, kw_only=True):
 _COMMON_REFUSED: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
+    "cache_salt": (),
     "detokenize": (True,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
     "moderation": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
@@ -183,6 +187,7 @@ _COMMON_REFUSED: Mapping[str, tuple[object, ...]] = {
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
 }
 _TEMPLATE_REFUSED: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),

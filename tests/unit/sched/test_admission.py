@@ -154,7 +154,7 @@ def test_load_spreads_and_prefixes_decide_between_equals():
 @given(
     script=st.lists(
         st.tuples(
-            st.sampled_from(["submit", "submit", "turn", "switch", "die"]),
+            st.sampled_from(["submit", "submit", "turn", "switch", "die", "abort"]),
             st.sampled_from([tier.name for tier in DEFAULT_TIERS]),
             st.integers(1, 30),
             st.integers(1, 12),
@@ -175,7 +175,9 @@ def test_books_are_empty_when_nothing_is_left(script, seed):
                 machine.turn()
         elif action == "switch":
             machine.switch(names[number % len(names)])
-        else:
+        elif action == "abort" and machine.core.sequences:
+            machine.abort(list(machine.core.sequences)[number % len(machine.core.sequences)])
+        elif action == "die":
             machine.executor.dying = True
     machine.drain()
     admission = machine.core.generation.admission
