@@ -330,6 +330,18 @@ def test_refused_work_takes_nothing_from_the_meters() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def test_a_listed_id_is_whole_in_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = str(tmp_path / "keys.json")
+    limits = ["--rpm", "600", "--tpm", "200000", "--concurrency", "64", "--budget", "50"]
+    assert main(["keys", "add", "--keys", path, "--tenant", "acme", *limits]) == 0
+    assert main(["keys", "list", "--keys", path]) == 0
+    (key,) = read_keys(Path(path))
+    assert f" {key.id} " in capsys.readouterr().out
+
+
 def test_keys_are_made_listed_and_revoked(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

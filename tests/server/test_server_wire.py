@@ -198,16 +198,23 @@ def drained(bench: Bench, drain_s: float, check: Callable[[httpx.Response], None
     run(bench, body)
 
 
-def test_sigterm_lets_requests_finish(checkpoint: Path) -> None:
+def test_sigterm_lets_requests_finish(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nitsum.server.run")
+
     def check(response: httpx.Response) -> None:
         assert response.text.endswith("data: [DONE]\n\n")
 
     bench = Bench(checkpoint, FakeEngineClient(delay_s=0.05)).says("the quick brown fox")
     drained(bench, 10.0, check)
+    (told,) = [one.message for one in caplog.records if one.name == "nitsum.server.run"]
+    assert told.startswith("Shutting down: 1 request(s) have 60 s to finish.")
 
 
-def test_sigterm_ends_what_takes_too_long_in_an_error(checkpoint: Path) -> None:
+def test_sigterm_ends_what_takes_too_long_in_an_error(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def check(response: httpx.Response) -> None:
         assert '"error"' in response.text.strip().split("\n\n")[-1]
 
     drained(slow(checkpoint, drain_s=0.2), 0.2, check)
+    assert "1 request(s) end unfinished." in [one.message for one in caplog.records]

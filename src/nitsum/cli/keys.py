@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nitsum.errors import ConfigError
 from nitsum.server.keyfile import (
@@ -126,7 +126,18 @@ def _list(args: argparse.Namespace, path: Path) -> int:
         }
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return 0
-    table = Table("id", "tenant", "state", "tiers", "rpm", "tpm", "at a time", "budget", "note")
+    # The id is what `revoke` takes: it has to be whole.
+    table = Table(
+        Column("id", no_wrap=True),
+        "tenant",
+        "state",
+        "tiers",
+        "rpm",
+        "tpm",
+        "at a time",
+        "budget",
+        "note",
+    )
     for key in file.keys:
         table.add_row(*_row(key))
     Console().print(table)

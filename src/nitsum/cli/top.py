@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -21,6 +21,8 @@ from nitsum.errors import NitsumError
 
 RETRY_S = 2.0
 HISTORY = 600
+WIDE = 110
+"""Columns for ranks and tiers side by side."""
 SPARKS = "▁▂▃▄▅▆▇█"
 COLOURS = {1: "green", 2: "blue", 4: "magenta"}
 KINDS = {"switch": "blue", "decision": "magenta", "restart": "red", "trouble": "yellow"}
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     headers = {"authorization": f"Bearer {args.admin_key}"} if args.admin_key else {}
     with httpx.Client(base_url=args.url, headers=headers, timeout=30) as http:
         if args.once:
-            Console().print(view(_checked(http.get("/admin/state")), deque()))
+            Console().print(view(_state(http), deque()))
             return 0
         _live(http)
     return 0
@@ -59,9 +61,23 @@ def _live(http: httpx.Client) -> None:
                     rates.extend(one["tokens_per_s"] for one in state["history"])
                     rates.append(state["tokens_per_s"])
                     live.update(view(state, rates), refresh=True)
-            except httpx.HTTPError:
-                live.update(Text(f"No connection to {http.base_url}; trying again."), refresh=True)
+            except httpx.HTTPError as error:
+                live.update(Text(f"{_no_connection(http, error)} Trying again."), refresh=True)
             time.sleep(RETRY_S)
+
+
+def _state(http: httpx.Client) -> State:
+    try:
+        return _checked(http.get("/admin/state"))
+    except httpx.HTTPError as error:
+        raise NitsumError(_no_connection(http, error)) from None
+
+
+def _no_connection(http: httpx.Client, error: httpx.HTTPError) -> str:
+    text = f"No connection to {http.base_url}: {error}."
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        text += " Name the certificate of its issuer in SSL_CERT_FILE."
+    return text
 
 
 def _states(http: httpx.Client) -> Iterator[State]:
@@ -88,11 +104,25 @@ def _checked(answer: httpx.Response) -> State:
 
 def view(state: State, rates: deque[float]) -> RenderableType:
     """The whole screen."""
-    middle = Table.grid(expand=True, padding=(0, 1))
-    middle.add_column(ratio=2)
-    middle.add_column(ratio=3)
-    middle.add_row(_ranks(state), _tiers(state))
+    middle = Beside(_ranks(state), _tiers(state))
     return Group(_head(state, rates), _lanes(state), middle, _news(state))
+
+
+class Beside:
+    """Two panels beside each other, or below where the terminal is too narrow to read them."""
+
+    def __init__(self, left: RenderableType, right: RenderableType) -> None:
+        self._left, self._right = left, right
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < WIDE:
+            yield from (self._left, self._right)
+            return
+        grid = Table.grid(expand=True, padding=(0, 1))
+        grid.add_column(ratio=2)
+        grid.add_column(ratio=3)
+        grid.add_row(self._left, self._right)
+        yield grid
 
 
 def _head(state: State, rates: deque[float]) -> RenderableType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import socket
 import threading
@@ -19,6 +20,8 @@ from nitsum.server.service import Service
 from nitsum.server.settings import ServerSettings
 
 OnReady = Callable[[str], None]
+
+log = logging.getLogger("nitsum.server.run")
 
 _POLL_S = 0.05
 # For connections that are idle or whose client does not read: all requests have ended before.
@@ -136,10 +139,17 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain_and_exit(self) -> None:
         service = self._service
+        log.info(
+            "Shutting down: %d request(s) have %g s to finish. A second signal ends them now.",
+            len(service.metrics.open),
+            service.settings.drain_s,
+        )
         await service.engine.drain()
         deadline_s = self._loop.time() + service.settings.drain_s
         while service.metrics.open and self._loop.time() < deadline_s and not self.should_exit:
             await asyncio.sleep(_POLL_S)
+        if service.metrics.open:
+            log.warning("%d request(s) end unfinished.", len(service.metrics.open))
         self._on_end()
         # Ends what is still open in an error that its client sees.
         await service.engine.close()

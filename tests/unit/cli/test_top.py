@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections import deque
 from typing import Any
 
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from nitsum.cli import top
+from nitsum.cli import main, top
 from nitsum.errors import NitsumError
 from nitsum.server.state import LaneView, NewsView, RankView, State, TierView
 
@@ -88,6 +89,25 @@ def test_lanes_that_share_ranks_are_below_each_other():
 
 def test_it_fits_a_narrow_terminal():
     assert max(map(len, shown(state(), width=60).splitlines())) <= 60
+
+
+def test_every_number_is_there_in_a_terminal_of_80_columns():
+    text = shown(state(), width=80)
+    for words in ("rank 1", " 100% ", "priority", "waiting", "90% of 10", "250 of 300", "40 of 50"):
+        assert words in text, text
+
+
+def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]):
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        assert main(["top", f"http://127.0.0.1:{bound.getsockname()[1]}", "--once"]) == 1
+    assert "No connection to http://127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_certificate_nobody_knows_has_a_way_out():
+    error = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    with httpx.Client(base_url="https://here") as http:
+        assert "SSL_CERT_FILE" in top._no_connection(http, error)
 
 
 def test_a_server_without_engine_says_so():
