@@ -19,7 +19,8 @@ _MS_PER_HOUR = 3_600_000
 
 @dataclass
 class Line:
-    """Sums of one tenant's calls that were served as one tier; refused ones count where asked."""
+    """Sums of one tenant's calls that were served as one tier; refused ones count where they
+    would have been."""
 
     tenant: str
     tier: str
@@ -31,7 +32,7 @@ class Line:
     num_refused: int = 0
     num_errors: int = 0
     num_downgraded: int = 0
-    """Asked for a more urgent tier than they were served as."""
+    """Served, as a less urgent tier than they asked for."""
     num_met: int = 0
     num_judged: int = 0
     """Ended by themselves, so that their targets can be judged."""
@@ -53,7 +54,8 @@ class Line:
         self.num_aborted += record.status == "aborted"
         self.num_refused += record.status == "refused"
         self.num_errors += record.status == "error"
-        self.num_downgraded += record.tier_served != record.tier_asked
+        if record.status != "refused":
+            self.num_downgraded += record.tier_served != record.tier_asked
         self.num_judged += record.met is not None
         self.num_met += bool(record.met)
         if record.billed:

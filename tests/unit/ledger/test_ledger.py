@@ -274,7 +274,7 @@ def test_a_report_by_hand() -> None:
         record("b", tier_served="priority", multiplier=2.0, met=False, credit_nano=20_000),
         record("c", tier_asked="priority"),
         record("d", status="aborted", met=None),
-        record("e", status="refused", billed=False, met=None),
+        record("e", status="refused", billed=False, met=None, tier_asked="priority"),
         record("f", status="error", billed=False, met=None, tenant="u"),
     ]
     runs = [replaced_run(seen_ms=7_200_000), replaced_run(id="r2", started_ms=9_000_000)]
