@@ -107,6 +107,28 @@ def test_requests_and_switches_become_spans(checkpoint: Path, collector: Collect
     _metrics_came(collector)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "operation"),
+    [
+        ("/v1/completions", {"prompt": "hi"}, "text_completion"),
+        ("/v1/embeddings", {"input": "hi"}, "embeddings"),
+    ],
+)
+def test_what_was_asked_for_is_told(
+    checkpoint: Path, collector: Collector, path: str, body: dict[str, str], operation: str
+):
+    bench = Bench(checkpoint, otlp=collector.url).says("Hello")
+
+    async def main() -> None:
+        async with served(bench) as url, httpx.AsyncClient(base_url=url) as http:
+            assert (await http.post(path, json=body)).status_code == 200
+
+    asyncio.run(main())
+    (root,) = [span for span in collector.spans if not span.parent_span_id]
+    assert root.name == f"{operation} {MODEL}"
+    assert attributes(root)["gen_ai.operation.name"] == operation
+
+
 def _phases_follow_each_other(spans: dict[str, Any], root: Any) -> None:
     queue, prefill, decode = (spans[name] for name in ("queue", "prefill", "decode"))
     assert all(one.parent_span_id == root.span_id for one in (queue, prefill, decode))

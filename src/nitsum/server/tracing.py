@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,8 +26,19 @@ if TYPE_CHECKING:
 
 Attributes = dict[str, str | int | float | bool]
 
-_caller: ContextVar[dict[str, str]] = ContextVar("trace headers of the caller")
 _HEADERS = ("traceparent", "tracestate")
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
+"""By path; all else that reaches the engine is a chat."""
+
+
+class _Call(NamedTuple):
+    headers: dict[str, str]
+    """Those of the caller's trace."""
+    operation: str
+    """Its name in OpenTelemetry's conventions."""
+
+
+_call: ContextVar[_Call] = ContextVar("the call that is served")
 
 _SEND_S = 2
 """Time that sending one batch may take, tries included."""
@@ -45,7 +56,8 @@ class CallerTrace:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            _caller.set({name: headers[name] for name in _HEADERS if name in headers})
+            found = {name: headers[name] for name in _HEADERS if name in headers}
+            _call.set(_Call(found, _OPERATIONS.get(scope["path"], "chat")))
         await self._app(scope, receive, send)
 
 
@@ -102,11 +114,12 @@ class Tracing:
         from opentelemetry.trace import StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = TraceContextTextMapPropagator().extract(_caller.get({}))
+        call = _call.get(_Call({}, "chat"))
+        parent = TraceContextTextMapPropagator().extract(call.headers)
         end_s = now_s()
-        attributes = self._attributes(watch)
+        attributes = self._attributes(watch, call.operation)
         root = self._tracer.start_span(
-            f"chat {self._model}",
+            f"{call.operation} {self._model}",
             parent,
             attributes={**attributes, **_of_span(watch)},
             start_time=self._unix_ns(watch.request.arrival_s),
@@ -155,9 +168,9 @@ class Tracing:
     def _unix_ns(self, at_s: float) -> int:
         return int((at_s + self._to_unix_s) * 1e9)
 
-    def _attributes(self, watch: Watch) -> Attributes:
+    def _attributes(self, watch: Watch, operation: str) -> Attributes:
         return {
-            "gen_ai.operation.name": "chat",
+            "gen_ai.operation.name": operation,
             "gen_ai.system": "nitsum",
             "gen_ai.request.model": self._model,
             "openai.request.service_tier": watch.request.tier_asked,
