@@ -4,8 +4,9 @@ import pytest
 
 from nitsum.errors import ConfigError
 from nitsum.metrics.records import Recorder
+from nitsum.metrics.targets import Targets, TierRule
 from nitsum.sim.feed import Feed, block_hashes
-from nitsum.sim.replay import compare, items_of, pair_figures
+from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs
 from nitsum.sim.run import Options, simulate
 from nitsum.sim.source import read_source
 from nitsum.workload.generate import generate
@@ -60,12 +61,13 @@ def test_a_served_run_replayed_under_the_same_conditions_shows_no_error():
         record.token_times = type(record.token_times)("d", (t + 100.0 for t in record.token_times))
     again = simulate(system, items_of(served), options=Options()).recorder
     pairs = compare(served, again)
-    assert [pair.name for pair in pairs] == ["ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"]
+    times = ["ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"]
+    assert [pair.name for pair in pairs] == [*times, "goodput_per_s"]
     assert all(pair.num_samples > 20 for pair in pairs)
     assert all(abs(pair.error) < 1e-6 for pair in pairs)
     assert min(r.arrival_s for r in again.requests.values()) == pytest.approx(0.0)
     assert start_s > 0.0
-    assert pair_figures(pairs)["sim_error_ttft_p99_share"] == pytest.approx(0.0, abs=1e-6)
+    assert pair_figures(pairs)["sim_error_ttft_p99"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_slower_machine_shows_as_an_error():
@@ -76,6 +78,38 @@ def test_a_slower_machine_shows_as_an_error():
     errors = {pair.name: pair.error for pair in compare(served, noisy)}
     assert errors["ttft_p50_s"] > 0.5
     assert compare(served, Recorder()) == []
+    late = compare(served, noisy, warmup_s=4.5)
+    assert {pair.num_samples for pair in late} == {3}
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        list(items_of(Recorder()))
+
+
+def test_goodput_of_twins_is_judged_by_the_served_requests_targets():
+    items = [item(f"r{i}", float(i), 64, 8) for i in range(8)]
+    system = small_system("TP2", prefix_cache=False)
+    easy, strict = (
+        Targets(source="t", prefill=[(1, 0.1), (2, 0.1)], tiers={"default": TierRule(10.0, tpot_s)})
+        for tpot_s in (1.0, 1e-9)
+    )
+    served, twin = (simulate(system, items, targets=held).recorder for held in (easy, strict))
+    goodput = compare(served, twin)[-1]
+    assert goodput.name == "goodput_per_s"
+    assert goodput.served > 0.9
+    assert goodput.error == 0.0
+    assert compare(served, twin, targets=strict)[-1].served == 0.0
+
+
+def test_steps_of_an_engine_are_laid_beside_the_cost_model():
+    system = small_system("TP2", prefix_cache=False)
+    items = [item(f"r{i}", 2.0 * i, 64, 8) for i in range(4)]
+    served = simulate(system, items).recorder
+    found = step_pairs(served, system.cost)
+    kinds = [(pair.degree, pair.kind, pair.num_steps) for pair in found]
+    assert kinds == [(2, "decode", 28), (2, "prefill", 4)]
+    assert all(abs(pair.error) < 1e-9 for pair in found)
+    for step in served.steps:
+        step.seconds *= 2.0
+    assert all(pair.error == pytest.approx(-0.5) for pair in step_pairs(served, system.cost))
 
 
 def test_words_become_workloads(tmp_path):

@@ -37,12 +37,18 @@ def test_one_run_prints_a_table_and_writes_its_events(tmp_path, capsys):
 
 def test_the_simulated_twin_of_a_run_is_compared_with_it(tmp_path, capsys):
     events = tmp_path / "e.jsonl"
+    targets = str(tmp_path / "t.json")
     same = [*BASE, *FEW, "--plan", "TP2", "--no-prefix-cache"]
-    assert main([*same, "--events", str(events)]) == 0
+    assert main([*same, "--events", str(events), "--save-targets", targets]) == 0
     capsys.readouterr()
-    assert main([*same, "--json", "--compare", str(events)]) == 0
+    twin = [*same, "--targets", targets, "--compare", str(events)]
+    assert main(twin) == 0
+    text = capsys.readouterr().out
+    assert "TP2 decode" in text
+    assert "goodput" in text
+    assert main([*twin, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["figures"]
-    assert figures["sim_error_ttft_p50_share"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["sim_error_ttft_p50"] == pytest.approx(0.0, abs=1e-6)
     assert figures["served_tpot_p50_s"] > 0.0
 
 
@@ -60,6 +66,8 @@ def test_a_sweep_ends_in_ratios(tmp_path, capsys):
     ("words", "advice"),
     [
         (["--sweep", "1,2", "--events", "x"], "single run"),
+        (["--sweep", "1,2", "--compare", "x"], "single run"),
+        (["--compare", "missing.jsonl"], "Cannot open events"),
         (["--against", "TP2"], "PLAN:POLICY"),
         (["--switch-at", "soon"], "SECONDS:PLAN"),
         (["--trace", "missing.csv"], "synthetic:LENGTHS"),

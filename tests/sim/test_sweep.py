@@ -9,6 +9,7 @@ from nitsum.cost.shapes import shape_named
 from nitsum.errors import ConfigError
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import build_report
+from nitsum.metrics.targets import held_to
 from nitsum.plan import parse_plan
 from nitsum.shape import Geometry
 from nitsum.sim.page import render
@@ -18,7 +19,6 @@ from nitsum.sim.sweep import Point, figures, peak_goodput, sustained_load, sweep
 from nitsum.sim.system import (
     Site,
     baselines,
-    held_to,
     our_system,
     site_targets,
     split_plans,

@@ -128,8 +128,9 @@ class LoadRun:
         answer = _Stream(item, item.prompt(self.vocab_size), tier=item.tier)
         self._arrived(item, len(answer.prompt))
         self.state.num_open += 1
+        pieces = stream(pool, self.endpoint, item, answer.prompt, self.target_of(item))
         try:
-            await self._read(stream(pool, self.endpoint, item, answer.prompt), answer)
+            await self._read(pieces, answer)
         except StreamRefused as refusal:
             self._refused(item, refusal)
             return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from nitsum.bench.http_stream import Connection, Pool
+from nitsum.metrics.targets import Target
 from nitsum.workload.items import WorkItem
 
 
@@ -71,13 +72,14 @@ _decode_error = msgspec.json.Decoder(dict[str, _ErrorBody], strict=False).decode
 
 
 async def stream(
-    pool: Pool, endpoint: Endpoint, item: WorkItem, prompt: list[int]
+    pool: Pool, endpoint: Endpoint, item: WorkItem, prompt: list[int], target: Target
 ) -> AsyncGenerator[Piece, None]:
-    """Send `prompt` and yield what comes back. Raises `StreamRefused`, or `OSError`.
+    """Send `prompt` and yield what comes back; the server is told how soon it is wanted.
 
+    Raises `StreamRefused`, or `OSError`.
     There is no time-out: a slow answer is a result, not a failure.
     """
-    body, headers = _body(endpoint, item, prompt), _headers(endpoint, item)
+    body, headers = _body(endpoint, item, prompt), _headers(endpoint, item, target)
     async with pool.post("/v1/completions", body, headers) as (status, connection):
         if status >= 400:
             raise _refusal(status, await _all(connection))
@@ -106,12 +108,14 @@ def _chunk(line: bytes, status: int) -> _Chunk:
     return chunk
 
 
-def _headers(endpoint: Endpoint, item: WorkItem) -> dict[str, str]:
+def _headers(endpoint: Endpoint, item: WorkItem, target: Target) -> dict[str, str]:
     headers = {"Content-Type": "application/json", "x-request-id": item.request_id}
     if endpoint.api_key:
         headers["Authorization"] = f"Bearer {endpoint.api_key}"
     if item.tenant:
         headers["x-llm-d-inference-fairness-id"] = item.tenant
+    if target.ttft_s is not None:
+        headers["x-slo-ttft-ms"] = f"{1e3 * target.ttft_s:.3f}"
     if item.chain is not None:
         headers["x-nitsum-chain-id"] = item.chain.chain_id
         if item.chain.deadline_s is not None:

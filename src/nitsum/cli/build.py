@@ -16,6 +16,7 @@ from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
 from nitsum.ledger.records import Prices
 from nitsum.ledger.store import Store
+from nitsum.metrics.targets import held_to, load_targets
 from nitsum.plan import PlanSet, default_plans, is_power_of_two, read_plans
 from nitsum.server.keys import KeyRing
 from nitsum.server.settings import ServerSettings
@@ -68,7 +69,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
         max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
         num_threads=settings.threads,
-        tiers=build_tiers(settings.tiers),
+        tiers=tiers_of(settings),
         prefix_cache=settings.prefix_cache,
         seed=settings.seed,
         timeout_s=settings.step_timeout,
@@ -90,7 +91,7 @@ def build_server_settings(
         port=settings.port,
         api_key=settings.api_key or None,
         admin_key=settings.admin_key or None,
-        tiers=build_tiers(settings.tiers),
+        tiers=tiers_of(settings),
         drain_s=settings.shutdown_timeout,
         patience_s=settings.client_timeout,
         stall_s=settings.stall_timeout,
@@ -142,9 +143,15 @@ def check_tls(settings: ServeSettings) -> None:
 def check_books(settings: ServeSettings) -> None:
     """Raise what is wrong with the key file or the ledger, before a model is loaded for nothing."""
     if settings.keys:
-        KeyRing(Path(settings.keys), TierSet(build_tiers(settings.tiers)))
+        KeyRing(Path(settings.keys), TierSet(tiers_of(settings)))
     if where := ledger_of(settings.ledger, data_dir_of(settings)):
         Store(where).close()
+
+
+def tiers_of(settings: ServeSettings) -> tuple[Tier, ...]:
+    """What is served: the tiers named, held to the file of targets if there is one."""
+    tiers = build_tiers(settings.tiers)
+    return held_to(tiers, load_targets(Path(settings.targets))) if settings.targets else tiers
 
 
 def build_tiers(entries: tuple[object, ...]) -> tuple[Tier, ...]:

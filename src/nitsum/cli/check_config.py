@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nitsum.cli.build import build_engine_config, build_plans, build_tiers, check_books, check_tls
+from nitsum.cli.build import build_engine_config, build_plans, check_books, check_tls, tiers_of
 from nitsum.cli.checkpoint import (
     DEMO_NAME,
     checkpoint_folder,
@@ -47,7 +47,7 @@ def find_problems(settings: ServeSettings) -> list[str]:
     checks: tuple[Callable[[ServeSettings], object], ...] = (
         lambda s: require_torch(),
         lambda s: build_plans(s),
-        lambda s: build_tiers(s.tiers),
+        tiers_of,
         check_books,
         check_tls,
         _check_model,

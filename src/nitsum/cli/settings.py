@@ -106,6 +106,9 @@ class ServeSettings(DeviceSettings, PlanSettings):
     tiers: tuple[object, ...] = setting(
         entries, (), "tiers to serve: a YAML file (default: priority, default, flex, batch)", "FILE"
     )
+    targets: str = setting(
+        text, "", "tiers promise what this file of targets says (see `nitsum bench serve`)", "FILE"
+    )
     host: str = setting(text, "127.0.0.1", "address to listen on")
     port: int = setting(whole_number(0, 65535), 8000, "port to listen on; 0 takes a free one")
     served_model_name: str = setting(

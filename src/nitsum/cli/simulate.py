@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from nitsum.bench.provenance import summary
 from nitsum.cli.simulate_settings import SimulateSettings, build_site, build_systems, read_switches
 from nitsum.cli.sources import add_flags, settings_or_error
+from nitsum.cli.twin import NO_STEPS, pair_table, step_table
 from nitsum.errors import ConfigError
 from nitsum.metrics.eventfile import EventFile, read_events
 from nitsum.metrics.figures import figures
@@ -29,7 +29,7 @@ from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import build_report, print_report
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.sim.page import save_page
-from nitsum.sim.replay import Pair, compare, items_of, pair_figures
+from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs
 from nitsum.sim.run import Options, SimResult, simulate
 from nitsum.sim.run import Progress as OnProgress
 from nitsum.sim.source import read_source
@@ -37,6 +37,7 @@ from nitsum.sim.sweep import Point, line_of, sweep, word
 from nitsum.sim.sweep import figures as sweep_figures
 from nitsum.sim.system import System
 from nitsum.workload.generate import generate
+from nitsum.workload.items import WorkItem
 from nitsum.workload.spec import MixSpec
 
 
@@ -49,9 +50,12 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_or_error(SimulateSettings, args, os.environ)
     targets = load_targets(Path(settings.targets)) if settings.targets else None
     site, targets = build_site(settings, targets)
+    systems = build_systems(settings, site)
+    if settings.compare:
+        return _run_twin(settings, systems, targets)
+    assert targets is not None  # only a twin may have none
     if settings.save_targets:
         save_targets(targets, Path(settings.save_targets))
-    systems = build_systems(settings, site)
     if settings.sweep or len(systems) > 1:
         return _run_many(settings, systems, targets)
     return _run_one(settings, systems[0], targets)
@@ -82,8 +86,34 @@ def _options(settings: SimulateSettings) -> Options:
 
 
 def _run_one(settings: SimulateSettings, system: System, targets: Targets) -> int:
-    served = Recorder(read_events(Path(settings.compare))) if settings.compare else None
-    items = items_of(served) if served is not None else generate(_mix(settings))
+    _report(settings, _simulated(settings, system, generate(_mix(settings)), targets), targets)
+    return 0
+
+
+def _run_twin(settings: SimulateSettings, systems: list[System], targets: Targets | None) -> int:
+    """The arrivals of a served run again, and how far the two lie apart."""
+    if settings.sweep or len(systems) > 1 or settings.save_targets:
+        raise ConfigError(
+            "--compare goes with a single run; leave out --sweep, --against, --baselines and "
+            "--save-targets."
+        )
+    served = Recorder(read_events(Path(settings.compare)))
+    result = _simulated(settings, systems[0], items_of(served), targets)
+    pairs = compare(served, result.recorder, targets=targets, warmup_s=settings.warmup)
+    if not pairs:
+        raise ConfigError("No request was answered both times after the warm-up.")
+    _report(settings, result, targets, pair_figures(pairs))
+    if not settings.json:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(pair_table(pairs))
+        steps = step_pairs(served, result.system.cost)
+        console.print(step_table(steps) if steps else NO_STEPS)
+    return 0
+
+
+def _simulated(
+    settings: SimulateSettings, system: System, items: Iterable[WorkItem], targets: Targets | None
+) -> SimResult:
     sink = EventFile(Path(settings.events)) if settings.events else None
     with _progress(system.name) as on_progress:
         result = simulate(
@@ -96,14 +126,16 @@ def _run_one(settings: SimulateSettings, system: System, targets: Targets) -> in
         )
     if sink is not None:
         sink.close()
-    pairs = compare(served, result.recorder) if served is not None else []
-    _report(settings, result, targets, pairs)
-    return 0
+    return result
 
 
 def _report(
-    settings: SimulateSettings, result: SimResult, targets: Targets, pairs: list[Pair]
+    settings: SimulateSettings,
+    result: SimResult,
+    targets: Targets | None,
+    more: dict[str, float] | None = None,
 ) -> None:
+    """The figures of a run; `more` are known of it by other means."""
     report = build_report(
         result.recorder,
         targets=targets,
@@ -114,15 +146,13 @@ def _report(
         title = f"Simulated: {settings.model} on {settings.machine}, {result.system.name}"
         save_html(report, result.recorder, Path(settings.html), title=title, targets=targets)
     if settings.json:
-        found = {**figures(report, "sim_"), **run_figures(result), **pair_figures(pairs)}
+        found = {**figures(report, "sim_"), **run_figures(result), **(more or {})}
         _print_json(summary(found, _notes(settings, result.system, targets)))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(_system_line(result.system))
     print_report(report, console)
     console.print(_usage_line(result))
-    if pairs:
-        console.print(_pair_table(pairs))
 
 
 def run_figures(result: SimResult) -> dict[str, float]:
@@ -155,25 +185,12 @@ def _usage_line(result: SimResult) -> str:
     )
 
 
-def _pair_table(pairs: list[Pair]) -> Table:
-    table = Table("figure", "requests", "served", "simulated", "error")
-    for pair in pairs:
-        table.add_row(
-            pair.name.removesuffix("_s"),
-            str(pair.num_samples),
-            f"{pair.served_s * 1e3:.1f} ms",
-            f"{pair.simulated_s * 1e3:.1f} ms",
-            f"{pair.error:+.1%}",
-        )
-    return table
-
-
 # --- several systems, several loads --------------------------------------------------------------
 
 
 def _run_many(settings: SimulateSettings, systems: list[System], targets: Targets) -> int:
-    if settings.compare or settings.events:
-        raise ConfigError("--compare and --events go with a single run; leave out --sweep.")
+    if settings.events:
+        raise ConfigError("--events goes with a single run; leave out --sweep and --against.")
     console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
     points = sweep(
         systems,
@@ -209,12 +226,18 @@ def _ranking(points: list[Point]) -> str:
     return "\nBy goodput:\n" + "\n".join(line_of(point) for point in best)
 
 
-def _notes(settings: SimulateSettings, system: System, targets: Targets) -> str:
+def _notes(settings: SimulateSettings, system: System, targets: Targets | None) -> str:
     return (
         f"Simulated, not served: {settings.model} on {settings.machine}; {_system_line(system)}; "
-        f"workload {settings.trace} x {settings.rate:g}, seed {settings.seed}; "
-        f"targets: {targets.source}"
+        f"{_workload_words(settings)}; "
+        f"targets: {targets.source if targets else 'those of the served requests'}"
     )
+
+
+def _workload_words(settings: SimulateSettings) -> str:
+    if settings.compare:
+        return f"arrivals of {Path(settings.compare).name}"
+    return f"workload {settings.trace} x {settings.rate:g}, seed {settings.seed}"
 
 
 def _print_json(content: dict[str, object]) -> None:

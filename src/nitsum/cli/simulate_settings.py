@@ -22,7 +22,7 @@ from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.table import TableCost
 from nitsum.errors import ConfigError
-from nitsum.metrics.targets import Targets
+from nitsum.metrics.targets import Targets, held_to
 from nitsum.plan import PlanSet, read_plans
 from nitsum.sim.run import PlannedSwitch
 from nitsum.sim.system import (
@@ -30,7 +30,6 @@ from nitsum.sim.system import (
     System,
     baselines,
     build_system,
-    held_to,
     our_system,
     site_targets,
     static_system,
@@ -155,8 +154,11 @@ class SimulateSettings:
 # --- from settings to systems --------------------------------------------------------------------
 
 
-def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Site, Targets]:
-    """What all systems share, and what requests are held to."""
+def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Site, Targets | None]:
+    """What all systems share, and what requests are held to.
+
+    The twin of a served run without targets has none either: both keep to the tiers' own.
+    """
     if not settings.model:
         raise ConfigError("--model: name a shape such as Llama-3.1-70B, or a checkpoint folder.")
     site = Site(
@@ -173,6 +175,8 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
         host_kv_bytes=settings.host_kv_memory,
         cost=TableCost.load(Path(settings.cost)) if settings.cost else None,
     )
+    if targets is None and settings.compare:
+        return site, None
     targets = targets or site_targets(site)
     return replace(site, tiers=held_to(site.tiers, targets)), targets
 

@@ -8,6 +8,7 @@ per token at batch 128 for default. Flex and batch: a deadline for the whole ans
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from nitsum.errors import ConfigError
 from nitsum.metrics.records import RequestRecord
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
+from nitsum.tier import Tier
 
 DECODE_CONTEXT_TOKENS = 1024
 LARGE_BATCH = 128
@@ -91,6 +93,19 @@ class Targets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def own_target(record: RequestRecord) -> Target:
     """What the server held the request to when it arrived."""
     return Target(record.ttft_target_s, record.tpot_target_s, record.deadline_s)
+
+
+def held_to(tiers: tuple[Tier, ...], targets: Targets) -> tuple[Tier, ...]:
+    """Tiers that promise what the run is judged by; TTFT follows with every request."""
+    return tuple(_held_to(tier, targets) for tier in tiers)
+
+
+def _held_to(tier: Tier, targets: Targets) -> Tier:
+    rule = targets.tiers.get(tier.name)
+    if rule is None:
+        return tier
+    ttft_s = None if rule.k is None else targets.least_ttft_s
+    return replace(tier, ttft_s=ttft_s, tpot_s=rule.tpot_s, deadline_s=rule.deadline_s)
 
 
 def default_targets(cost: StepTimes, degree: int, source: str) -> Targets:

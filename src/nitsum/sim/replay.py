@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
 from typing import NamedTuple
 
+from nitsum.cost.protocol import CostModel
+from nitsum.errors import ConfigError
+from nitsum.metrics.goodput import arrival_window, judged, met
 from nitsum.metrics.percentiles import percentile
-from nitsum.metrics.records import Recorder, RequestRecord
+from nitsum.metrics.records import Recorder, RequestRecord, StepRecord
+from nitsum.metrics.targets import Target, Targets, own_target
+from nitsum.plan import Lane
+from nitsum.step import BatchShape
 from nitsum.workload.items import Segment, WorkItem
+
+Twins = tuple[RequestRecord, RequestRecord]
+"""A served request and its simulated twin."""
 
 
 def items_of(run: Recorder) -> Iterator[WorkItem]:
     """The answered requests of a served run, at the times at which they arrived, from 0 on.
 
+    Raises `ConfigError` when there is none.
+
     Events do not say whose prefix a request shared. All that found something cached share one
     prefix here, so that as many tokens need no computing once it is warm.
     """
     records = sorted((r for r in run.requests.values() if r.is_answered), key=_arrival)
-    start_s = records[0].arrival_s if records else 0.0
+    if not records:
+        raise ConfigError("No request of the served run was answered: nothing to compare with.")
+    start_s = records[0].arrival_s
     for record in records:
         yield WorkItem(
             request_id=record.request_id,
@@ -41,37 +55,65 @@ def _segments(record: RequestRecord) -> tuple[Segment, ...]:
 
 
 class Pair(NamedTuple):
-    """One figure, served and simulated, seconds."""
+    """One figure, served and simulated: seconds, or requests per second."""
 
     name: str
     num_samples: int
-    served_s: float
-    simulated_s: float
+    served: float
+    simulated: float
 
     @property
     def error(self) -> float:
-        """Of the simulated figure, as a share of the served one; above 0 is too slow."""
-        return self.simulated_s / self.served_s - 1.0 if self.served_s else 0.0
+        """Of the simulated figure, as a share of the served one; of times, above 0 is too slow."""
+        return self.simulated / self.served - 1.0 if self.served else 0.0
+
+    @property
+    def stem(self) -> str:
+        """The name without its unit."""
+        return self.name.removesuffix("_s").removesuffix("_per")
 
 
-def compare(served: Recorder, simulated: Recorder) -> list[Pair]:
-    """P50 and P99 of TTFT and TPOT over the requests that both answered."""
+def compare(
+    served: Recorder,
+    simulated: Recorder,
+    *,
+    targets: Targets | None = None,
+    warmup_s: float = 0.0,
+) -> list[Pair]:
+    """P50 and P99 of TTFT and TPOT over the requests that both answered, and goodput.
+
+    Arrivals of the first `warmup_s` are left out. Without targets, both are judged by what the
+    served requests were held to, and goodput is left out where that is nothing.
+    """
+    window = arrival_window(list(served.requests.values()), warmup_s)
     both = [
         (record, twin)
-        for record in served.requests.values()
+        for record in judged(list(served.requests.values()), window)
         if (twin := simulated.requests.get(record.request_id)) is not None
         and record.is_answered
         and twin.is_answered
     ]
-    pairs: list[Pair] = []
+    return [*_times(both), *_goodput(both, targets, window.length_s)]
+
+
+def _times(both: Sequence[Twins]) -> Iterator[Pair]:
     for name in ("ttft", "tpot"):
         for share in (0.5, 0.99):
             left = _sorted(getattr(record, f"{name}_s") for record, _ in both)
             right = _sorted(getattr(twin, f"{name}_s") for _, twin in both)
             if left and right:
                 figures = percentile(left, share), percentile(right, share)
-                pairs.append(Pair(f"{name}_p{share * 100:.0f}_s", len(left), *figures))
-    return pairs
+                yield Pair(f"{name}_p{share * 100:.0f}_s", len(left), *figures)
+
+
+def _goodput(both: Sequence[Twins], targets: Targets | None, length_s: float) -> Iterator[Pair]:
+    """Judged alike: what the simulated twin was held to does not count."""
+    held = own_target if targets is None else targets.of_record
+    asked = [(record, twin, held(record)) for record, twin in both]
+    if length_s > 0 and any(target != Target() for _, _, target in asked):
+        mine = sum(met(record, target) for record, _, target in asked)
+        theirs = sum(met(twin, target) for _, twin, target in asked)
+        yield Pair("goodput_per_s", len(both), mine / length_s, theirs / length_s)
 
 
 def _sorted(values: Iterable[float | None]) -> list[float]:
@@ -79,10 +121,55 @@ def _sorted(values: Iterable[float | None]) -> list[float]:
 
 
 def pair_figures(pairs: Iterable[Pair]) -> dict[str, float]:
-    """Flat figures for a result's `summary.json`."""
+    """Flat figures for a result's `summary.json`; errors are shares."""
     found: dict[str, float] = {}
     for pair in pairs:
-        found[f"served_{pair.name}"] = pair.served_s
-        found[f"sim_{pair.name}"] = pair.simulated_s
-        found[f"sim_error_{pair.name.removesuffix('_s')}_share"] = pair.error
+        found[f"served_{pair.name}"] = pair.served
+        found[f"simulated_{pair.name}"] = pair.simulated
+        found[f"sim_error_{pair.stem}"] = pair.error
     return found
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+class StepPair(NamedTuple):
+    """Steps of one kind at one degree, as the engine saw them and as the cost model has them."""
+
+    degree: int
+    kind: str
+    num_steps: int
+    served_s: float
+    predicted_s: float
+    """Medians."""
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.served_s - 1.0 if self.served_s else 0.0
+
+
+def step_pairs(served: Recorder, cost: CostModel) -> list[StepPair]:
+    """Where the error comes from, if the events are the engine's: clients see no steps.
+
+    Steps with decodes and chunks together are left out; their two contexts are one sum in events.
+    """
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for step in served.steps:
+        shape = _pure_shape(step)
+        if shape is not None:
+            kind = "prefill" if step.prefill_tokens else "decode"
+            predicted_s = cost.step_time(Lane(step.group), shape)
+            times = found.setdefault((step.group.degree, kind), [])
+            times.append((step.seconds, predicted_s))
+    return [
+        StepPair(degree, kind, len(times), *(median(column) for column in zip(*times, strict=True)))
+        for (degree, kind), times in sorted(found.items())
+    ]
+
+
+def _pure_shape(step: StepRecord) -> BatchShape | None:
+    if step.sent_s is None or bool(step.num_decode) == bool(step.prefill_tokens):
+        return None
+    if step.num_decode:
+        return BatchShape(step.num_decode, step.context_tokens, 0, 0, step.num_decode)
+    return BatchShape(0, 0, step.prefill_tokens, step.context_tokens, 1)

@@ -21,7 +21,7 @@ from nitsum.cost.shapes import shape_named
 from nitsum.errors import ConfigError
 from nitsum.events import AnyEvent, EventLog, PlanDecided, PlanJudged
 from nitsum.metrics.goodput import arrival_window, judged, met
-from nitsum.metrics.targets import Targets
+from nitsum.metrics.targets import Targets, held_to
 from nitsum.plan import parse_plan, read_plans
 from nitsum.sim.hindsight import hindsight_run
 from nitsum.sim.run import Options, SimResult, simulate
@@ -29,7 +29,6 @@ from nitsum.sim.system import (
     Site,
     System,
     build_system,
-    held_to,
     site_targets,
     static_system,
     uniform_plan,

@@ -151,19 +151,6 @@ def site_targets(site: Site) -> Targets:
     return default_targets(cost, degree, f"{site.model} on {site.machine}, TP{degree}, {kind}")
 
 
-def held_to(tiers: tuple[Tier, ...], targets: Targets) -> tuple[Tier, ...]:
-    """Tiers that promise what the run is judged by; TTFT follows with every request."""
-    return tuple(_held_to(tier, targets) for tier in tiers)
-
-
-def _held_to(tier: Tier, targets: Targets) -> Tier:
-    rule = targets.tiers.get(tier.name)
-    if rule is None:
-        return tier
-    ttft_s = None if rule.k is None else targets.least_ttft_s
-    return replace(tier, ttft_s=ttft_s, tpot_s=rule.tpot_s, deadline_s=rule.deadline_s)
-
-
 # --- the systems of a comparison -----------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from nitsum.engine.fake_client import FakeEngineClient
 from nitsum.errors import ConfigError, NitsumError
 from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.records import Recorder
+from nitsum.metrics.targets import Targets, TierRule
 from nitsum.server.app import build_app
 from nitsum.server.settings import ServerSettings
 from nitsum.workload.items import CallScript, Chain, Segment, WorkItem
@@ -93,6 +94,19 @@ def test_latency_counts_from_the_planned_arrival(fake: FakeEngineClient, tmp_pat
     assert record.ttft_s is not None
     assert record.ttft_s > 1.0
     assert any("generator itself" in note for note in outcome.report.notes)
+
+
+def test_the_server_is_told_how_soon_a_request_is_wanted(fake: FakeEngineClient, tmp_path: Path):
+    """By the length of its prompt: a tier alone could not say it."""
+    targets = Targets(
+        source="t", prefill=[(1, 0.01), (100, 1.0)], tiers={"default": TierRule(k=2.0, tpot_s=0.1)}
+    )
+    with served(fake, tmp_path) as url:
+        outcome = load(url, [item("r")], targets=targets)
+    asked_s = targets.of("default", 12).ttft_s
+    assert asked_s is not None
+    assert fake.requests[0].ttft_target_s == pytest.approx(asked_s)
+    assert outcome.recorder.requests["r"].ttft_target_s == asked_s
 
 
 def test_refusals_and_downgrades_are_recorded(tmp_path: Path):

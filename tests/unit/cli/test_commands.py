@@ -10,10 +10,11 @@ import pytest
 
 from nitsum import __version__
 from nitsum.cli import COMMANDS, checkpoint, main
-from nitsum.cli.build import CPU_KV_BYTES, build_engine_config, build_plans, build_tiers
+from nitsum.cli.build import CPU_KV_BYTES, build_engine_config, build_plans, build_tiers, tiers_of
 from nitsum.cli.drawing import draw_plan
 from nitsum.cli.settings import PlanSettings, ServeSettings
 from nitsum.errors import CheckpointError, ConfigError
+from nitsum.metrics.targets import Targets, TierRule, save_targets
 from nitsum.plan import parse_plan
 from nitsum.tier import DEFAULT_TIERS
 
@@ -126,6 +127,16 @@ def test_given_values_reach_the_engine():
     config = build_engine_config(settings, Path("m"))
     assert (config.kv_bytes, config.max_num_seqs) == (1 << 20, 3)
     assert (config.prefix_cache, config.num_threads) == (False, 2)
+
+
+def test_tiers_promise_what_a_file_of_targets_says(tmp_path: Path):
+    path = tmp_path / "targets.json"
+    rules = {"default": TierRule(k=10.0, tpot_s=0.02), "batch": TierRule(deadline_s=9.0)}
+    save_targets(Targets(source="t", prefill=[(1, 0.1), (2, 0.2)], tiers=rules), path)
+    tiers = {tier.name: tier for tier in tiers_of(ServeSettings(targets=str(path)))}
+    assert tiers["default"].tpot_s == 0.02
+    assert tiers["batch"].deadline_s == 9.0
+    assert tiers["priority"] == DEFAULT_TIERS[0]
 
 
 def test_tiers_from_mappings():
