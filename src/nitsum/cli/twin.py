@@ -19,7 +19,8 @@ def pair_table(pairs: Iterable[Pair]) -> Table:
     table = Table("figure", "requests", "served", "simulated", "error")
     for pair in pairs:
         cells = [_value(pair, value) for value in (pair.served, pair.simulated)]
-        table.add_row(pair.stem, str(pair.num_samples), *cells, f"{pair.error:+.1%}")
+        error = f"{pair.error:+.1%}" if pair.served else "-"
+        table.add_row(pair.stem, str(pair.num_samples), *cells, error)
     return table
 
 
