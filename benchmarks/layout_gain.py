@@ -29,12 +29,13 @@ import yaml
 from nitsum.bench.provenance import summary
 from nitsum.control.gain import most_gain, sustained
 from nitsum.control.load import Load, Sample, sum_up
-from nitsum.control.planner import Site, degrees_that_fit
+from nitsum.control.planner import Site, buffer_bytes, degrees_that_fit, redundancy_table
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.metrics.targets import Targets
+from nitsum.plan import PlanSet
 from nitsum.sim.system import Site as SimSite
 from nitsum.sim.system import site_targets, uniform_plan
 from nitsum.tier import DEFAULT_TIERS, TierSet
@@ -49,6 +50,14 @@ SETTINGS = (
     ("Qwen2.5-32B", "8xH100-80GB"),
     ("Llama-3.1-70B", "8xA100-80GB"),
     ("Llama-3.1-70B", "8xH100-80GB"),
+)
+MEMORY = (
+    ("Llama-3.1-8B", "8xH100-80GB"),
+    ("Llama-3.1-70B", "8xA100-80GB"),
+    ("Llama-3.1-70B", "8xH200-141GB"),
+    ("Llama-3.1-405B", "8xH200-141GB"),
+    ("Llama-3.1-405B", "16xH100-80GB"),
+    ("Llama-3.1-405B", "16xH200-141GB"),
 )
 LENGTHS = ("azure_conversation", "azure_code", "arxiv_summarisation", "mooncake_conversation")
 TIERS = ("priority", "default", "batch")
@@ -153,6 +162,26 @@ def _gain(first: dict[int, float], second: dict[int, float]) -> float:
     return most_gain([*first.values()], [*second.values()])
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(model: str, machine: str) -> dict[str, float]:
+    """What holding every layout costs: buffers of all groups, and KV room, by min_tp and degree."""
+    known = Machine.parse(machine)
+    site = Site(shape=shape_named(model), machine=known)
+    word = f"{model}_{machine}".replace("-", "_").replace(".", "p").lower()
+    degrees = degrees_that_fit(site)
+    plans = tuple(uniform_plan(known.num_gpus, degree) for degree in degrees)
+    num_bytes = buffer_bytes(site, PlanSet(known.num_gpus, plans, plans[0].name))
+    found = {f"{word}_buffer_share": num_bytes / known.gpu.memory_bytes}
+    print(f"\n{model} on {machine}: buffers {found[f'{word}_buffer_share']:.2%} of the device")
+    for min_tp, degree, share in redundancy_table(site.shape, known):
+        if min_tp in degrees:
+            print(f"  1/{min_tp} of the weights, TP{degree}: {share:.1%} of the KV room lost")
+            found[f"{word}_min_tp{min_tp}_tp{degree}_redundancy_share_of_kv"] = share
+    return found
+
+
 # --- held-out windows -----------------------------------------------------------------------------
 
 TRACE_LOAD = 0.9
@@ -163,6 +192,10 @@ PHASES_S = (0.0, 110.0, 160.0, 220.0)
 """Urgent, patient, urgent, patient; the first 60 s are warm-up."""
 FLIP_S = 270.0
 SWITCH_COSTS_S = [0.001, 0.01, 0.1, 1]
+ARTICLE = {
+    "loads": [1.5, 2.5, 3.5, 5], "duration_s": 1030, "lengths": "azure_conversation"
+}  # fmt: skip
+"""The published setting: long enough for a P99 of 1,000 priority requests at 3.5/s."""
 TRACES = (
     ("azure_code", "azure_2023_code.csv", 2100, 300, 16384),
     ("azure_conversation", "azure_2023_conv.csv", 600, 240, 16384),
@@ -193,7 +226,7 @@ def trace_study(data: Path) -> dict[str, Any]:
             "name": name, "duration_s": length_s, "max_total_tokens": limit, "streams": [stream]
         }  # fmt: skip
         windows.append({"mix": mix})
-    return _study(setting, ["TP8", "2xTP4"], windows)
+    return _study(setting, ["TP8", "2xTP4"], windows) | {"article": ARTICLE}
 
 
 def flip_study() -> dict[str, Any]:
@@ -266,10 +299,15 @@ def main() -> None:
         write_study("held_flips.yaml", flip_study())
         return
     figures = table(SETTINGS)
+    for model, machine in MEMORY:
+        figures |= memory(model, machine)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         notes = "By the analytic cost model; 95% in time; static lanes with their own shard only."
-        content = summary(figures, notes) | {"hardware": "analytic: the machines that are named"}
+        content = summary(figures, notes) | {
+            "hardware": "analytic: the machines that are named",
+            "command": f"python -m benchmarks.layout_gain --out {args.out}",
+        }
         (args.out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
