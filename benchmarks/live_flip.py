@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.3, help="multiplies the load's rates")
     parser.add_argument("--factor", type=float, default=1.0, help="of times to the first token")
     parser.add_argument("--slots", type=int, default=256)
-    parser.add_argument("--step-tokens", type=int, default=1536)
+    parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--kv", default="40GiB", help="KV arena of one rank")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,7 @@ def test_one_operation_has_one_plan(tmp_path: Path) -> None:
         report = SwitchReport("op", "TP4", "4xTP1", ok=True)
         link.send(report)
         assert await ask == report, "the refused one changes nothing"
-        assert link.receive() == []
+        assert link.receive(99) == []
 
     run(tmp_path, body)
 

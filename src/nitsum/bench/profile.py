@@ -35,7 +35,7 @@ POINT_S = 0.4
 """About how long one point is measured for."""
 LEAST_STEP_S = 1e-5
 """No machine steps faster; a shorter gap says that the clock was read late."""
-FEWEST, MOST = 3, 12
+FEWEST, MOST = 3, 8
 """Steps of one point."""
 MOVE_SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2)
 """Of an arena, in one move."""
@@ -85,13 +85,13 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def grid_for(config: EngineConfig, max_tokens: int) -> Grid:
-    """Powers of four on CPU ranks, of two on GPUs; as far as slots, steps and context allow."""
-    base = 4 if config.device == "cpu" else 2
+    """Powers of four, and of two for chunks on GPUs; as far as slots, steps and context allow."""
+    base, least = (4, 16) if config.device == "cpu" else (2, 64)
     contexts = (64, 512) if config.device == "cpu" else (128, 1024, 4096)
     most = config.max_batch_tokens
-    chunks = {0, *_powers(base, max(1, most - config.max_num_seqs), least=16), most}
+    chunks = {0, *_powers(base, max(1, most - config.max_num_seqs), least), most}
     return Grid(
-        (0, *_powers(base, config.max_num_seqs)),
+        (0, *_powers(4, config.max_num_seqs)),
         tuple(sorted(chunks)),
         contexts if max(contexts) < max_tokens else (max_tokens // 8, max_tokens // 2),
         most,

@@ -27,7 +27,7 @@ from nitsum.cli.build import CPU_KV_BYTES, build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.progress import note
 from nitsum.cli.readers import one_of, size_bytes, text, whole_number
-from nitsum.cli.settings import DeviceSettings, PlanSettings
+from nitsum.cli.settings import BATCH_TOKENS, NUM_SEQS, DeviceSettings, PlanSettings
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.config import EngineConfig
 from nitsum.cost.fit import print_fit
@@ -55,8 +55,12 @@ class ProfileSettings(DeviceSettings, PlanSettings):
     block_tokens: int = setting(whole_number(1), 16, "tokens of one KV block", "N")
     kv_memory: int | None = setting(size_bytes, None, "KV arena of one rank", "SIZE")
     max_model_len: int = setting(whole_number(), 0, "longest prompt plus answer, tokens", "N")
-    max_num_seqs: int = setting(whole_number(1), 64, "largest decode batch", "N")
-    max_batch_tokens: int = setting(whole_number(1), 512, "tokens of the largest step", "N")
+    max_num_seqs: int = setting(
+        whole_number(), 0, "largest decode batch (default: that of nitsum serve)", "N"
+    )
+    max_batch_tokens: int = setting(
+        whole_number(), 0, "tokens of the largest step (default: that of nitsum serve)", "N"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +120,8 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
         block_tokens=settings.block_tokens,
         kv_bytes=kv_bytes,
         max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_batch_tokens=settings.max_batch_tokens,
+        max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
+        max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
         num_threads=settings.threads,
     )
 
