@@ -107,9 +107,9 @@ STEP_PART = 0.5
 them wait, shorter steps before and after it make up for. Prompts are computed a sixth slower."""
 SHORT_S = 0.1
 """How long steps stay short after it."""
-FILL_BLOCKS = 48
-"""Blocks reserved and sent a turn: 1 to 3 ms of Python where others have to be evicted for them."""
-RELEASE_BLOCKS = 96
+FILL_BLOCKS = 96
+"""Blocks reserved and sent a turn: 2 to 5 ms of Python where others have to be evicted for them."""
+RELEASE_BLOCKS = 192
 """Sources let go, or cached blocks dropped, a turn: about as long."""
 IDLE_FACTOR = 32
 """How many times more a turn may do while there is nothing to step."""
