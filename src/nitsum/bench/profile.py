@@ -53,6 +53,8 @@ class Grid(msgspec.Struct, frozen=True):
     """Of each decoding sequence, and before a chunk."""
     max_batch_tokens: int
     """A step holds at most this many, decodes included."""
+    max_num_seqs: int
+    """And this many sequences, the prompt's included."""
 
 
 class Shape(msgspec.Struct, frozen=True, order=True):
@@ -91,10 +93,11 @@ def grid_for(config: EngineConfig, max_tokens: int) -> Grid:
     most = config.max_batch_tokens
     chunks = {0, *_powers(base, max(1, most - config.max_num_seqs), least), most}
     return Grid(
-        (0, *_powers(4, config.max_num_seqs)),
+        (0, *_powers(4, max(1, config.max_num_seqs - 1))),
         tuple(sorted(chunks)),
         contexts if max(contexts) < max_tokens else (max_tokens // 8, max_tokens // 2),
         most,
+        config.max_num_seqs,
     )
 
 
@@ -120,6 +123,7 @@ def shapes_of(
         for context in (grid.contexts if num_decode else grid.contexts[:1])
         for before in (_befores(grid, num_decode) if chunk else (0,))
         if 0 < num_decode + chunk <= grid.max_batch_tokens
+        and num_decode + (chunk > 0) <= grid.max_num_seqs
     ]
     return [shape for shape in found if _tokens(shape, block_tokens) <= room(shape.degree)]
 

@@ -23,7 +23,7 @@ from nitsum.errors import ConfigError
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
 
-GRID = Grid((0, 1, 4), (0, 16, 60, 64), (32, 128), 64)
+GRID = Grid((0, 1, 4), (0, 16, 60, 64), (32, 128), 64, 4)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 1,
@@ -55,6 +55,12 @@ def test_no_step_is_empty_or_larger_than_a_step_may_be():
     assert len(set(shapes)) == len(shapes)
     assert all(0 < shape.num_decode + shape.chunk <= 64 for shape in shapes)
     assert {shape.degree for shape in shapes} == {1, 2}
+
+
+def test_a_prompt_beside_decodes_needs_a_sequence_of_its_own():
+    shapes = shapes_of(GRID, (1,), lambda degree: 10**6)
+    assert any(shape.num_decode == 4 for shape in shapes)
+    assert not any(shape.num_decode == 4 and shape.chunk for shape in shapes)
 
 
 def test_steps_that_do_not_fit_the_arena_are_left_out():
