@@ -255,12 +255,13 @@ def comm_layout(spec: WorkerSpec, geometry: Geometry, group: Group) -> CommLayou
 def allocate(spec: WorkerSpec, geometry: Geometry) -> Shared:
     """Fresh memory for the generation of which `spec` describes one rank.
 
-    GPU ranks share memory of their devices, which they map themselves; here, only their progress.
+    GPU ranks share memory of their devices, which they map themselves; here, only their progress
+    and the host memory for KV that has to leave an arena.
     """
     on_host = spec.device == "cpu"
     unit_bytes = geometry.unit_bytes(spec.block_tokens, DTYPE_BYTES[spec.dtype])
     arena_bytes = spec.num_units * unit_bytes if on_host else 0
-    host_bytes = spec.num_host_units * unit_bytes if on_host else 0
+    host_bytes = spec.num_host_units * unit_bytes
     row_bytes = 4 * spec.max_slots * row_tokens(spec) if on_host else 0
     layouts = [comm_layout(spec, geometry, group) for group in spec.groups] if on_host else []
     ranks = range(spec.num_ranks)

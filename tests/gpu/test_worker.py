@@ -69,7 +69,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(folder: Path, device: str, fault: Fault | None = None) -> Driver:
     (folder / "config.json").rename(folder / "kept.json")
     config = make_config(
-        folder, device=device, load_format="auto", fault=fault, timeout_s=60.0
+        folder,
+        device=device,
+        load_format="auto",
+        fault=fault,
+        timeout_s=60.0,
+        host_kv_bytes=1 << 18,
     )  # writes a config.json of its own
     (folder / "kept.json").replace(folder / "config.json")
     driver = Driver(config)
@@ -209,6 +214,27 @@ def test_a_sequence_that_changes_lanes_goes_on_as_if_it_had_not(
     num_before: int,
 ):
     done = driver.generate_across(src, dst, num_before, NUM_TOKENS, GREEDY)
+    assert largest_difference(done, reference["greedy"]) < TOLERANCE
+    assert tokens_of(done) == tokens_of(reference["greedy"])
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"), [(ALONE_0, ALONE_0), (BOTH, BOTH), (BOTH, ALONE_1), (ALONE_0, BOTH)], ids=str
+)
+def test_a_sequence_that_was_in_host_memory_goes_on_as_if_it_had_not(
+    driver: Driver, reference: dict[str, list[StepDone]], src: Group, dst: Group
+):
+    """Saved, its units given to another at once, loaded elsewhere: nobody waits for a reply."""
+    place, num_before = driver.place(), 4
+    driver.prefill(src, *place, GREEDY)
+    driver.decode(src, place[0], len(PROMPT), num_before - 1)
+    saved = driver.save(src, place[1])
+    driver.prefill(src, driver.place()[0], place[1], RANDOM)
+    position = len(PROMPT) + num_before
+    slot = driver.load(src, dst, position, place, saved, GREEDY)
+    driver.decode(dst, slot, position, NUM_TOKENS - num_before - 1)
+    done = driver.collect(NUM_TOKENS + 3)
+    done = done[1 : 1 + num_before] + done[3 + num_before :]
     assert largest_difference(done, reference["greedy"]) < TOLERANCE
     assert tokens_of(done) == tokens_of(reference["greedy"])
 

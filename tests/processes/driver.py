@@ -145,6 +145,50 @@ class Driver:
         )
         return place
 
+    def save(self, group: Group, unit: int) -> dict[int, dict[int, int]]:
+        """Copy all blocks of a place to host memory; by rank, where each unit went."""
+        saved: dict[int, dict[int, int]] = {}
+        for rank, pages in zip(group.ranks, self.pages(group, unit), strict=True):
+            per_page = self.units_per_page(group)
+            units = [page * per_page + i for page in pages for i in range(per_page)]
+            saved[rank] = {unit: place for place, unit in enumerate(units)}
+            self._next_id += 1
+            save = Pull(rank, units, list(saved[rank].values()))
+            self.executor.send([rank], Move(self._next_id, [], saves=[save]))
+        return saved
+
+    def load(
+        self,
+        src: Group,
+        dst: Group,
+        num_tokens: int,
+        src_place: tuple[int, int],
+        saved: dict[int, dict[int, int]],
+        sampling: SamplingParams,
+    ) -> int:
+        """Bring the sequence back, in a slot and in units of its own; like `switch`, a step of
+        `dst` follows. Returns the slot."""
+        slot, unit = self.place()
+        after = [(rank, self.executor.num_sent(rank)) for rank in src.ranks]
+        for rank in dst.ranks:
+            loads = [
+                Pull(
+                    pull.src_rank, [saved[pull.src_rank][u] for u in pull.src_units], pull.dst_units
+                )
+                for pull in self.pulls(src, dst, rank, src_place[1], unit)
+            ]
+            row = RowPull(src.leader, src_place[0], slot, num_tokens)
+            self._next_id += 2
+            self.executor.send([rank], Move(self._next_id - 1, [], after=after, loads=loads))
+            self.executor.send([rank], Move(self._next_id, [], [row], after))
+        self.step(
+            dst,
+            Work(slot, num_tokens - 1, 1, True),
+            [Join(slot, [], len(PROMPT), len(PROMPT), sampling)],
+            [Pages(slot, 0, self.pages(dst, unit))],
+        )
+        return slot
+
     def pulls(self, src: Group, dst: Group, rank: int, src_unit: int, dst_unit: int) -> list[Pull]:
         """All units that `rank` needs, by the rank that has them."""
         by_peer: dict[int, Pull] = {}

@@ -65,6 +65,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         min_tp=settings.min_tp,
         block_tokens=settings.block_tokens,
         kv_bytes=kv_bytes,
+        host_kv_bytes=settings.host_kv_memory,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
         max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],

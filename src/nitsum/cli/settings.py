@@ -82,6 +82,9 @@ class ServeSettings(DeviceSettings, PlanSettings):
         "KV arena of one rank, e.g. 256MiB (default: 256MiB on cpu, what is left on cuda)",
         "SIZE",
     )
+    host_kv_memory: int = setting(
+        size_bytes, 0, "host memory of one rank for KV of displaced requests", "SIZE"
+    )
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the checkpoint's)", "N"
     )

@@ -100,11 +100,6 @@ def num_units(config: EngineConfig, shape: ModelShape) -> int:
 
 def num_host_units(config: EngineConfig, shape: ModelShape) -> int:
     """Units of host memory per rank for KV that has to leave the arena."""
-    if config.host_kv_bytes and config.device == "cuda":
-        raise ConfigError(
-            "host_kv_bytes is not supported on GPU ranks yet. Set it to 0: KV that must make room "
-            "is then computed again."
-        )
     geometry = _geometry(config, shape)
     return config.host_kv_bytes // geometry.unit_bytes(
         config.block_tokens, DTYPE_BYTES[config.dtype]

@@ -3,9 +3,14 @@
     pre-copy      side stream, few programs, beside steps     no rows, some source is a peer
     tail          main stream, all programs                   brings rows: the last step is done
     relocation    main stream, all programs                   inside one rank
+    save, load    host stream, few programs, beside steps     to and from host memory
 
-A pre-copy starts after all that was launched before it, since its destination units may have been
+What runs beside steps starts after all that was launched before it, since its units may have been
 in use until then, and whoever needs its units later waits for its event.
+
+Peers rely on a count of this rank's messages, which its main stream writes (`signals`). A load that
+a switch builds on, or a save that a peer loads, is no part of that stream: while copies of the host
+stream are under way, that stream writes the counts, behind them.
 """
 
 from __future__ import annotations
@@ -16,10 +21,16 @@ import torch
 
 from nitsum.kernels.gather import gather_units
 from nitsum.messages import Fault, Move, Pull, RowPull
-from nitsum.worker.cuda.ordering import Precopies, runs_beside_steps, units_of_move
+from nitsum.worker.cuda.host import HostUnits
+from nitsum.worker.cuda.ordering import (
+    Precopies,
+    concerns_host,
+    runs_beside_steps,
+    units_of_move,
+)
 from nitsum.worker.cuda.rows import RowPuller
 from nitsum.worker.cuda.signals import Signals
-from nitsum.worker.cuda.state import to_host, upload
+from nitsum.worker.cuda.state import record_event, to_host, upload
 from nitsum.worker.cuda.symmetric import Shared
 from nitsum.worker.move import with_fault
 
@@ -38,6 +49,8 @@ class Launched:
     beside: bool
     late: torch.Tensor
     """[1] int32, pinned; to be read after `end`: see `Signals.check`."""
+    portions: tuple[torch.cuda.Event, ...] = ()
+    """Ends of its parts, where others may go on before `end`."""
 
 
 class CudaMover:
@@ -50,6 +63,7 @@ class CudaMover:
         unit_rows: tuple[torch.Tensor, ...],
         rows: RowPuller,
         signals: Signals,
+        host: HostUnits,
         fault: Fault | None = None,
     ) -> None:
         """`unit_rows`: [2 * layers, units, elements] of every rank's arena, by rank."""
@@ -63,6 +77,10 @@ class CudaMover:
         self._fault: Fault | None = fault
         self._num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         self._side = torch.cuda.Stream(device)
+        self._host = host
+        self._host_stream = torch.cuda.Stream(device)
+        self._copying: torch.cuda.Event | None = None
+        """The end of the newest copies of that stream, until it is seen to have happened."""
         self.precopies: Precopies[torch.cuda.Event] = Precopies()
 
     def warm_up(self) -> None:
@@ -72,12 +90,37 @@ class CudaMover:
         pulls = [Pull(rank, [0], [0]) for rank in peers]
         rows = [RowPull(rank, 0, 0, 1) for rank in range(len(self._units))]
         after = [(rank, 0) for rank in peers]
-        for move in (Move(0, pulls, [], after), Move(0, pulls, rows, after)):
-            self.precopies.done(self.launch(move).end)
+        moves = [Move(0, pulls, [], after), Move(0, pulls, rows, after)]
+        if len(self._host):
+            moves.append(Move(0, [], saves=[Pull(self._rank, [0], [0])]))
+            moves += [Move(0, [], loads=[Pull(rank, [0], [0])]) for rank in range(len(self._host))]
+        for move in moves:
+            self.finish(self.launch(move))
         torch.cuda.synchronize()
+
+    def finish(self, launched: Launched) -> None:
+        """It has ended: nobody needs to wait for it any more."""
+        self.precopies.done(launched.end, *launched.portions)
+
+    def count(self, num_obeyed: int) -> None:
+        """Tell peers, once it is so, that as many messages are completed."""
+        if self._copying is None:
+            self._signals.write(num_obeyed)
+            return
+        main = torch.cuda.current_stream()
+        if self._copying.query():
+            self._copying = None
+            main.wait_stream(self._host_stream)  # nothing but counts is left there
+            self._signals.write(num_obeyed)
+            return
+        self._host_stream.wait_stream(main)
+        with torch.cuda.stream(self._host_stream):
+            self._signals.write(num_obeyed)
 
     def launch(self, move: Move) -> Launched:
         """Put the move on its stream, which does all the waiting."""
+        if concerns_host(move):
+            return self._launch_beside_host(move)
         main = torch.cuda.current_stream()
         beside = runs_beside_steps(move, self._rank)
         stream = self._side if beside else main
@@ -91,6 +134,24 @@ class CudaMover:
             units = (unit for pull in move.pulls for unit in pull.dst_units)
             self.precopies.add(units, launched.end)
         return launched
+
+    def _launch_beside_host(self, move: Move) -> Launched:
+        """Its units are waited for portion by portion."""
+        stream = self._host_stream
+        stream.wait_stream(torch.cuda.current_stream())
+        for event in self.precopies.touching(units_of_move(move, self._rank)):
+            stream.wait_event(event)
+        portions: list[torch.cuda.Event] = []
+        with torch.cuda.stream(stream):
+            self._signals.wait(move.after)
+            start = record_event()
+            for units in self._host.copy(move):
+                portions.append(record_event())
+                self.precopies.add(units, portions[-1])
+            late = to_host(self._signals.late)
+            end = self._copying = record_event()
+        num_bytes = self._host.num_bytes(move)
+        return Launched(start, end, num_bytes, True, late, tuple(portions))
 
     def _launch(self, move: Move, beside: bool) -> Launched:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

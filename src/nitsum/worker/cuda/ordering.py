@@ -1,8 +1,9 @@
-"""Which units of this rank a pre-copy is still writing, and who has to wait for it.
+"""Which units of this rank a copy beside the steps is still using, and who has to wait for it.
 
-Steps, tails and relocations follow each other on the main stream. A pre-copy runs beside them, so
-its destination units are remembered until it is done: a step whose page differences name them, or a
-move that reads or writes them, waits on the device first. Everything else goes on.
+Steps, tails and relocations follow each other on the main stream. Pre-copies and copies from and to
+host memory run beside them, so the units they write, or save, are remembered until they are done: a
+step whose page differences name them, or a move that reads or writes them, waits on the device
+first. Everything else goes on.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class Precopies(Generic[Event]):
     def add(self, units: Iterable[int], event: Event) -> None:
         self._events.update(dict.fromkeys(units, event))
 
-    def done(self, event: Event) -> None:
-        self._events = {u: e for u, e in self._events.items() if e is not event}
+    def done(self, *events: Event) -> None:
+        ended = {id(event) for event in events}
+        self._events = {u: e for u, e in self._events.items() if id(e) not in ended}
 
     def touching(self, units: Iterable[int]) -> list[Event]:
         """Events that must have happened before `units` are read or written, each once."""
@@ -33,6 +35,11 @@ class Precopies(Generic[Event]):
             return []
         found = [self._events[unit] for unit in units if unit in self._events]
         return list({id(event): event for event in found}.values())
+
+
+def concerns_host(move: Move) -> bool:
+    """Whether it copies to or from host memory."""
+    return bool(move.saves or move.loads)
 
 
 def runs_beside_steps(move: Move, rank: int) -> bool:
@@ -59,3 +66,7 @@ def units_of_move(move: Move, rank: int) -> Iterable[int]:
         yield from pull.dst_units
         if pull.src_rank == rank:
             yield from pull.src_units
+    for save in move.saves:
+        yield from save.src_units
+    for load in move.loads:
+        yield from load.dst_units

@@ -27,7 +27,7 @@ from nitsum.worker.cuda.sampling import (
     read_logprobs,
 )
 from nitsum.worker.cuda.signals import Signals
-from nitsum.worker.cuda.state import DeviceState, to_host
+from nitsum.worker.cuda.state import DeviceState, record_event, to_host
 
 POLL_S = 20e-6
 """Pause between looks while the device works; a step takes a hundred times as long, and the next
@@ -101,7 +101,7 @@ class CudaRunner:
             yield from self._step(message)
         else:
             self._move(message)
-        self._signals.write(self._num_obeyed)
+        self._mover.count(self._num_obeyed)
 
     def finished(self) -> Iterator[StepDone | MoveDone]:
         """Replies to what is done by now. Raises `WorkerDied` if a wait on the device gave up."""
@@ -109,7 +109,7 @@ class CudaRunner:
             yield from self._report(self._steps.popleft())
         for move in [move for move in self._beside if move.end.query()]:
             self._beside.remove(move)
-            self._mover.precopies.done(move.end)
+            self._mover.finish(move.launched)
             yield from self._report(move)
 
     # -- steps --
@@ -117,7 +117,7 @@ class CudaRunner:
     def _step(self, step: Step) -> Iterator[None]:
         lane = self._lanes[step.group]
         self._wait_for_precopies(step, lane)
-        start = _record_event()
+        start = record_event()
         shape = lane.shape_for(step.work)
         yield
         self._take_in(step, lane, shape.num_seqs)
@@ -126,7 +126,7 @@ class CudaRunner:
         num_draws = sum(part.samples for part in step.work)
         leads = lane.comm.is_leader
         tokens = to_host(self._sampler.tokens[:num_draws]) if leads else None
-        before, self._last_end = self._last_end, _record_event()
+        before, self._last_end = self._last_end, record_event()
         self._steps.append(
             StepUnderWay(step.step_id, before, start, self._last_end, tokens, reports)
         )
@@ -149,7 +149,7 @@ class CudaRunner:
         needs = self._sampler.needs(work)
         leads = lane.comm.is_leader
         reading = self._grammars.read(work) if leads and needs.keeps_grammar else None
-        arrived = None if reading is None else _record_event()
+        arrived = None if reading is None else record_event()
         logits, draws, hidden, rows = lane.compute(shape, work)
         reports = leads and needs.reports
         shapes = needs.shapes_logits or reading is not None
@@ -205,12 +205,6 @@ def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
         read_hidden(done.reports, num_draws),
         idle_s=idle_s,
     )
-
-
-def _record_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def _wait_for(event: torch.cuda.Event) -> Iterator[None]:

@@ -32,6 +32,7 @@ from nitsum.worker.cuda.attention import AttentionMaker
 from nitsum.worker.cuda.buckets import StepShape, chunk_shapes, decode_shapes, decode_sizes
 from nitsum.worker.cuda.comm import CommSizes, CudaComm
 from nitsum.worker.cuda.grammar import DeviceGrammars
+from nitsum.worker.cuda.host import HostUnits, pin
 from nitsum.worker.cuda.lane import CudaLane
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
 from nitsum.worker.cuda.mover import CudaMover
@@ -107,7 +108,8 @@ def start(spec: WorkerSpec, shared: HostShared) -> tuple[CudaRunner, Ready]:
     lanes = _lanes(parts, _arena(parts, arenas.own, units))
     clock.timed("capture", lambda: _capture(parts, lanes))
     signals = Signals(parts.words, spec.rank, spec.timeout_s)
-    mover = clock.timed("moves", lambda: _mover(parts, arenas, units, signals))
+    hosts = clock.timed("host_kv", lambda: _map_hosts(parts, shared))
+    mover = clock.timed("moves", lambda: _mover(parts, arenas, units, signals, hosts))
     runner = _runner(parts, lanes, mover, signals, Progress(shared.progress))
     parts.memory.barrier()
     return runner, Ready(spec.rank, units, clock.phases, _memory_bytes(parts, clock))
@@ -305,11 +307,30 @@ def graph_shapes(spec: WorkerSpec) -> list[StepShape]:
     return sorted([*decode_shapes(spec.max_num_seqs), *chunks])
 
 
-def _mover(parts: Parts, arenas: Shared, num_units: int, signals: Signals) -> CudaMover:
+def _map_hosts(parts: Parts, shared: HostShared) -> list[torch.Tensor]:
+    """Unit rows of every rank's host memory, pinned; the own one first, as pinning touches it."""
+    spec = parts.spec
+    if not spec.num_host_units:
+        return []
+    sizes = (parts.geometry, spec.num_host_units, spec.block_tokens, parts.dtype)
+    rows = [Arena(region, *sizes).unit_rows() for region in shared.hosts]
+    pin(rows[spec.rank])
+    parts.memory.barrier()
+    for rank, peer in enumerate(rows):
+        if rank != spec.rank:
+            pin(peer)
+    return rows
+
+
+def _mover(
+    parts: Parts, arenas: Shared, num_units: int, signals: Signals, hosts: list[torch.Tensor]
+) -> CudaMover:
     """A mover whose kernels are loaded."""
     spec = parts.spec
     unit_rows = tuple(_arena(parts, peer, num_units).unit_rows() for peer in arenas.peers)
-    mover = CudaMover(spec.rank, arenas, unit_rows, RowPuller(parts.rows), signals, spec.fault)
+    host = HostUnits(spec.rank, unit_rows[spec.rank], hosts)
+    rows = RowPuller(parts.rows)
+    mover = CudaMover(spec.rank, arenas, unit_rows, rows, signals, host, spec.fault)
     mover.warm_up()
     return mover
 
@@ -337,10 +358,14 @@ def _runner(
 
 
 def _memory_bytes(parts: Parts, clock: Clock) -> dict[str, int]:
-    """By what it is for; `warm_up` is what the largest step of any lane needs at its peak."""
+    """By what it is for, on the device but for `host_kv`; `largest_step` is what that of any lane
+    needs at its peak."""
+    spec = parts.spec
+    unit_bytes = parts.geometry.unit_bytes(spec.block_tokens, DTYPE_BYTES[spec.dtype])
     return {
         "weights": parts.weights.num_bytes,
         "kv": clock.bytes["arena"],
+        "host_kv": spec.num_host_units * unit_bytes,
         "graphs": clock.bytes["capture"],
         "groups_and_buffers": clock.bytes["map"],
         "largest_step": clock.bytes["warm_up"],

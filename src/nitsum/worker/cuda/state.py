@@ -78,3 +78,10 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 def pin_empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """Host memory the device can reach by itself, where there is a device."""
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def record_event() -> torch.cuda.Event:
+    """Where the current stream is now; can be timed against others."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -25,6 +25,7 @@ from nitsum.worker.cuda.buckets import (
 from nitsum.worker.cuda.memory import DeviceMemory, kv_units
 from nitsum.worker.cuda.ordering import (
     Precopies,
+    concerns_host,
     runs_beside_steps,
     units_of_move,
     units_of_step,
@@ -146,6 +147,9 @@ def test_steps_wait_for_the_precopies_of_units_they_name_and_for_no_others():
     assert precopies.touching([7]) == []
     precopies.done(first)
     assert precopies.touching([4, 8]) == [second]
+    precopies.add([4], first)
+    precopies.done(first, second)
+    assert precopies.touching([4, 8]) == []
 
 
 def test_units_copied_twice_are_waited_for_in_their_last_copy():
@@ -163,6 +167,18 @@ def test_only_pulls_from_peers_without_rows_run_beside_steps():
     assert not runs_beside_steps(Move(1, [local]), 0)
     assert not runs_beside_steps(Move(1, [remote], [RowPull(1, 0, 1, 9)]), 0)
     assert list(units_of_move(Move(1, [local, remote]), 0)) == [2, 1, 6]
+
+
+def test_units_that_are_saved_or_loaded_are_in_use_until_they_are():
+    save, load = (
+        Move(1, [], saves=[Pull(0, [3, 4], [70, 71])]),
+        Move(2, [], loads=[Pull(1, [9], [5])]),
+    )
+    assert list(units_of_move(save, 0)) == [3, 4]
+    assert list(units_of_move(load, 0)) == [5]
+    assert concerns_host(save)
+    assert concerns_host(load)
+    assert not concerns_host(Move(3, [Pull(1, [5], [6])]))
 
 
 @given(st.integers(0, 512), st.integers(1, 512))
