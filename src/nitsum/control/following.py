@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nitsum.control.courier import Courier
 from nitsum.control.migration import Lanes
+from nitsum.kv.blocks import Block
 from nitsum.kv.transfer import Transfer, free_copies
 from nitsum.messages import WaveReport
 from nitsum.plan import Group, Plan
@@ -48,12 +49,20 @@ class Following:
         )
 
     def _follow_from(self, src: Group, num_blocks: int) -> bool:
+        """One portion, shared out among the lanes: each rank's copies slow its steps down."""
+        lanes = [lane.group for lane in self.plan.lanes if lane.group.overlaps(src)]
+        portions: dict[Group, list[Block]] = {group: [] for group in lanes}
+        for block in self.lanes.kv.prefixes.newest(src, num_blocks):
+            portions[lanes[block.root % len(lanes)]].append(block)
+        sent = [self._send(src, dst, blocks) for dst, blocks in portions.items()]
+        return any(sent)
+
+    def _send(self, src: Group, dst: Group, blocks: list[Block]) -> bool:
+        """As many of them as there is room for; those that are there already make way."""
         kv = self.lanes.kv
-        dst = next(lane.group for lane in self.plan.lanes if lane.group.overlaps(src))
         room = self.courier.room(dst, kv.arena.page_units(dst))
-        count = min(room, num_blocks, free_copies(kv, src, dst))
+        blocks = blocks[: min(room, free_copies(kv, src, dst))]
         known = kv.prefixes.in_layout(dst)
-        blocks = kv.prefixes.newest(src, count)
         for block in blocks:
             if block.hash in known:
                 kv.evict(block)

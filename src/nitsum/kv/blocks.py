@@ -27,7 +27,7 @@ class Block:
     never written again, so they may be shared.
     """
 
-    __slots__ = ("group", "hash", "level", "pages", "pins", "refs")
+    __slots__ = ("group", "hash", "level", "pages", "pins", "refs", "root")
 
     def __init__(self, group: Group, pages: list[int]) -> None:
         self.group = group
@@ -37,6 +37,8 @@ class Block:
         self.pins = 0
         """While above 0 a peer may be reading it: it must not be relocated."""
         self.hash: int | None = None
+        self.root = 0
+        """Hash of the first block of its prefix: only together are they of use."""
         self.level = 0
         """Tier level of its most urgent user; the least urgent are evicted first."""
 

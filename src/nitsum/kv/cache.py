@@ -115,7 +115,7 @@ class KvCache:
         for index in range(table.num_registered, min(len(hashes), len(table.blocks))):
             block = table.blocks[index]
             block.level = level
-            self.prefixes.add(block, hashes[index])
+            self.prefixes.add(block, hashes[index], hashes[0])
             table.num_registered = index + 1
 
     def close(self, request_id: str) -> None:

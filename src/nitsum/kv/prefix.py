@@ -71,12 +71,12 @@ class PrefixIndex:
     def groups(self) -> list[Group]:
         return [group for group, blocks in self._by_hash.items() if blocks]
 
-    def add(self, block: Block, block_hash: int) -> bool:
+    def add(self, block: Block, block_hash: int, root: int) -> bool:
         """Index a full block; False when another copy in this layout was first."""
         blocks = self._by_hash.setdefault(block.group, {})
         if block_hash in blocks:
             return False
-        block.hash = block_hash
+        block.hash, block.root = block_hash, root
         blocks[block_hash] = block
         return True
 

@@ -212,7 +212,7 @@ class Transfer:
                 if source.hash is None:
                     continue
                 block.level = source.level
-                if not add(block, source.hash):
+                if not add(block, source.hash, source.root):
                     continue
             if self._num_registered == index:
                 self._num_registered = index + 1

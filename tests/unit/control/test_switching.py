@@ -3,6 +3,7 @@
 import pytest
 
 from nitsum.events import StepSent, WaveCommitted
+from nitsum.kv.prefix import hash_prompt
 from nitsum.kv.transfer import Transfer
 from nitsum.plan import Group
 from tests.unit.engine.machine import Machine
@@ -145,3 +146,22 @@ def test_there_and_back_stays_in_place():
     assert wave.num_requests == 6
     assert wave.units_in_place > 0
     machine.drain()
+
+
+def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole():
+    machine = Machine(2, units_per_block=2, num_blocks=200, max_num_seqs=16, max_batch_tokens=64)
+    machine.switch("TP2")
+    machine.drain()
+    prompts = [[i] * 20 for i in range(12)]
+    for prompt in prompts:
+        machine.submit(prompt, max_tokens=2)
+    machine.drain()
+    machine.switch("2xTP1")
+    machine.drain()
+    kv = machine.core.generation.kv
+    found = [
+        [kv.prefixes.match(Group(1, rank), hash_prompt(prompt, 4)) for rank in range(2)]
+        for prompt in prompts
+    ]
+    assert all(min(matches) == 0 for matches in found)
+    assert {matches.index(max(matches)) for matches in found if any(matches)} == {0, 1}
