@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.fault.running import RunningServer, is_gone
@@ -61,6 +62,28 @@ def test_one_signal_lets_answers_finish(checkpoint: Path, tmp_path: Path) -> Non
         assert stream.done
         assert len(stream.tokens) == 900
         assert server.stop() == 0
+
+
+def test_a_signal_to_all_processes_drains_as_well(checkpoint: Path, tmp_path: Path) -> None:
+    """As service managers send it: to the engine, the workers and whatever started them, too."""
+
+    async def main(server: RunningServer) -> Stream:
+        stream = Stream()
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            task = asyncio.create_task(run_stream(http, body(0, 400), stream))
+            await until(lambda: len(stream.tokens) > 5)
+            top = psutil.Process(server.process.pid)
+            for process in [top, *top.children(recursive=True)]:
+                process.send_signal(signal.SIGTERM)
+            await task
+        return stream
+
+    with RunningServer(checkpoint, tmp_path, *FLAGS, "--shutdown-timeout", "60") as server:
+        stream = asyncio.run(main(server))
+        assert stream.done
+        assert len(stream.tokens) == 400
+        assert server.process.wait(60) == 0
+        assert not any("anew" in line for line in server.lines)
 
 
 def test_a_second_signal_forces(checkpoint: Path, tmp_path: Path) -> None:

@@ -97,7 +97,10 @@ class EngineProcess:
 
 def run(config: EngineConfig, shape: ModelShape, address: str, parent: Connection) -> None:
     """The engine process, from start to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    # The parent decides when to end. Ctrl-C reaches the whole group, and service managers send
+    # SIGTERM to every process. What we start ignores both, too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         _run(replace(config, max_model_len=max_model_len(config, shape)), shape, address, parent)
     except NitsumError as error:

@@ -53,6 +53,7 @@ _T = TypeVar("_T")
 def run(spec: WorkerSpec, shared: Shared) -> None:
     """The worker's whole life; ends the process with status 1 after reporting a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the engine ends us
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so do service managers
     _die_with_parent(spec)
     link = EngineLink(spec)
     try:
