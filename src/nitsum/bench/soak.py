@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from nitsum.bench.server_sent import DONE, events
 from nitsum.bench.stages import OnStage
 
 TIERS = ("priority", "default", "batch")
@@ -144,10 +145,10 @@ class _Soak:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.is_error:
                     return f"status {answer.status_code}"
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: {"):
+                async for data in events(answer):
+                    if data == DONE:
                         continue
-                    chunk = json.loads(line.removeprefix("data: "))
+                    chunk = json.loads(data)
                     if "error" in chunk:
                         return f"error {chunk['error'].get('code')}"
                     for choice in chunk["choices"]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import httpx
 from rich.console import Console
 
+from nitsum.bench.server_sent import DONE, events
 from nitsum.errors import NitsumError
 
 TIERS = ("priority", "default", "flex")
@@ -113,9 +114,9 @@ class Chats:
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.is_error:
                 raise NitsumError((await answer.aread()).decode())
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    for piece in _pieces(json.loads(line.removeprefix("data: "))):
+            async for data in events(answer):
+                if data != DONE:
+                    for piece in _pieces(json.loads(data)):
                         yield piece
 
 

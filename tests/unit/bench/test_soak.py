@@ -48,8 +48,10 @@ class Server:
                 tokens.pop()
             if self.wrong == "error":
                 return httpx.Response(200, text='data: {"error": {"code": "gone"}}\n')
-        chunk = {"choices": [{"token_ids": tokens, "finish_reason": "length"}]}
-        return httpx.Response(200, text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+        text = "a line\x85\u2028that goes on"
+        choice = {"token_ids": tokens, "finish_reason": "length", "text": text}
+        chunk = json.dumps({"choices": [choice]}, ensure_ascii=False)
+        return httpx.Response(200, text=f"data: {chunk}\n\ndata: [DONE]\n\n")
 
 
 def run(server: Server) -> Result:
