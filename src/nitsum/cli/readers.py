@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -28,6 +29,17 @@ def text(value: object) -> str:
     if isinstance(value, str) and value.strip():
         return value
     raise ValueError("some text is expected")
+
+
+def http_url(value: object) -> str:
+    """The address of a service."""
+    try:
+        parts = urlsplit(text(value))
+    except ValueError:  # an address in brackets that has no end
+        parts = urlsplit("")
+    if parts.scheme in ("http", "https") and parts.netloc:
+        return parts.geturl()
+    raise ValueError("a URL such as http://127.0.0.1:4318 is expected")
 
 
 def whole_number(at_least: int = 0, at_most: int | None = None) -> Reader[int]:

@@ -25,6 +25,7 @@ from nitsum.engine.client import ZmqEngineClient
 from nitsum.errors import ConfigError, require_torch
 from nitsum.messages import EngineReady
 from nitsum.server import logs
+from nitsum.server.access import is_loopback
 from nitsum.server.run import serve
 from nitsum.server.settings import ServerSettings
 from nitsum.shape import ModelShape
@@ -90,9 +91,21 @@ def _announce(url: str, server: ServerSettings, config: EngineConfig, ready: Eng
     note(f"Longest request: {ready.max_request_tokens:,} tokens.")
     note(f"Memory of all ranks: {memory_line([worker.memory_bytes for worker in ready.workers])}.")
     print(f"\nServing {server.model_names[0]} at {url}\n\n{curl_line(url, server)}\n")
+    if warning := open_to_all(server):
+        note(warning)
     if others:
         print(f"Change the layout while it answers:\n\n{switch_line(url, others[0], server)}\n")
     sys.stdout.flush()
+
+
+def open_to_all(server: ServerSettings) -> str:
+    """A warning, where callers from elsewhere need no key; else nothing."""
+    if is_loopback(server.host) or server.api_key or server.keys:
+        return ""
+    return (
+        f"Whoever can reach {server.host} may use this server: no key is asked for. Give --api-key "
+        "or --keys to change that."
+    )
 
 
 def memory_line(ranks: list[dict[str, int]]) -> str:

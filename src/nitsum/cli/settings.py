@@ -9,6 +9,7 @@ from nitsum.cli.readers import (
     amount,
     boolean,
     entries,
+    http_url,
     one_of,
     seconds,
     size_bytes,
@@ -165,7 +166,7 @@ class ServeSettings(DeviceSettings, PlanSettings):
         seconds, 30.0, "/health fails when work waits and no step ends for this long", "SECONDS"
     )
     otlp: str = setting(
-        text,
+        http_url,
         "",
         "send spans and metrics to this OpenTelemetry collector (needs nitsum[otel])",
         "URL",

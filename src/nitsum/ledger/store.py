@@ -132,7 +132,7 @@ def _engine(where: str) -> Engine:
         where = f"sqlite:///{where}"
     try:
         url = make_url(where)
-        if url.drivername == "postgresql":
+        if url.drivername in ("postgresql", "postgres"):
             url = url.set(drivername="postgresql+psycopg")
         engine = sa.create_engine(url, connect_args=_connect_args(url.get_backend_name()))
     except ArgumentError as error:

@@ -116,16 +116,16 @@ def _sent_key(headers: Headers) -> str:
 def _is_local(scope: Scope, headers: Headers) -> bool:
     """The caller runs on this machine, and is neither a proxy nor a page of another site."""
     client = scope.get("client")
-    if client is None or not _is_loopback(client[0]):
+    if client is None or not is_loopback(client[0]):
         return False
     if any(name in headers for name in _FORWARDED_HEADERS):
         return False
     host = urlsplit(f"//{headers.get('host', '')}").hostname
     origin = headers.get("origin")
-    return _is_loopback(host) and (origin is None or _is_loopback(urlsplit(origin).hostname))
+    return is_loopback(host) and (origin is None or is_loopback(urlsplit(origin).hostname))
 
 
-def _is_loopback(host: str | None) -> bool:
+def is_loopback(host: str | None) -> bool:
     if host == "localhost":
         return True
     try:

@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import pytest
 
-from nitsum.cli.serve import curl_line, memory_line, switch_line
+from nitsum.cli.serve import curl_line, memory_line, open_to_all, switch_line
 from nitsum.server.settings import ServerSettings
 
 SHAPE = {
@@ -147,6 +147,27 @@ def test_lines_to_paste(tmp_path: Path):
     ).stdout.splitlines()
     assert "Authorization: Bearer s3cret" in printed
     assert json.loads(printed[-1])["model"] == "it's"
+
+
+@pytest.mark.parametrize(
+    ("host", "changes", "is_open"),
+    [
+        ("127.0.0.1", {}, False),
+        ("::1", {}, False),
+        ("localhost", {}, False),
+        ("0.0.0.0", {}, True),
+        ("10.0.0.7", {}, True),
+        ("0.0.0.0", {"api_key": "s3cret"}, False),
+        ("0.0.0.0", {"keys": Path("keys.json")}, False),
+    ],
+)
+def test_a_server_that_is_open_to_all_says_so(host: str, changes: dict[str, Any], is_open: bool):
+    settings = ServerSettings(
+        checkpoint=Path(), model_names=("m",), max_model_len=8, vocab_size=8, host=host, **changes
+    )
+    warning = open_to_all(settings)
+    assert bool(warning) == is_open
+    assert not is_open or "--api-key" in warning
 
 
 def test_memory_that_is_shared_counts_once():

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from nitsum.cli.readers import boolean, entries, one_of, seconds, size_bytes, text, whole_number
+from nitsum.cli.readers import (
+    boolean,
+    entries,
+    http_url,
+    one_of,
+    seconds,
+    size_bytes,
+    text,
+    whole_number,
+)
 from nitsum.cli.settings import ServeSettings
 from nitsum.cli.sources import add_flags, keys, resolve, setting, settings_or_error, variable
 from nitsum.errors import ConfigError
@@ -148,6 +157,10 @@ def test_seconds_and_words():
     assert seconds("0.5") == 0.5
     assert seconds(30) == 30.0
     assert one_of("cpu", "cuda")("cuda") == "cuda"
+    assert http_url("http://collector:4318") == "http://collector:4318"
+    for wrong in ("collector:4318", "https://", "ftp://x", "", 5, "http://[::1"):
+        with pytest.raises(ValueError, match="URL"):
+            http_url(wrong)
     with pytest.raises(ValueError, match="cpu, cuda"):
         one_of("cpu", "cuda")("tpu")
 
