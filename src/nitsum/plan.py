@@ -60,6 +60,10 @@ class Group(msgspec.Struct, frozen=True, array_like=True, order=True, cache_hash
     def overlaps(self, other: Group) -> bool:
         return self.ranks.start < other.ranks.stop and other.ranks.start < self.ranks.stop
 
+    @property
+    def name(self) -> str:
+        return _group_name(self.degree, self.index)
+
     def __str__(self) -> str:
         return _group_name(self.degree, self.index)
 

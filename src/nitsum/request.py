@@ -104,6 +104,7 @@ class Sequence:
         "num_computed",
         "num_dispatched",
         "num_displaced",
+        "num_most",
         "num_prompt",
         "num_restarts",
         "num_sampling",
@@ -126,6 +127,8 @@ class Sequence:
         self.request_id = request.request_id
         self.tokens: list[int] = list(request.prompt)
         self.num_prompt = len(request.prompt)
+        self.num_most = self.num_prompt + request.sampling.max_tokens
+        """Positions that prompt and answer may come to."""
         self.num_dispatched = 0
         """Positions whose KV the steps sent so far will have written."""
         self.num_computed = 0
@@ -202,7 +205,7 @@ class Sequence:
     @property
     def has_all_samples(self) -> bool:
         """Nothing is left to dispatch: the answer's last token is drawn or being drawn."""
-        return self.num_output + self.num_sampling >= self.request.sampling.max_tokens
+        return self.num_total >= self.num_most
 
     @property
     def num_known(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from nitsum.plan import Lane
@@ -16,6 +18,13 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
+
+
+make_chunk: Callable[[tuple[Sequence, int, int, bool]], Chunk] = partial(
+    tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
+    Chunk,
+)
+"""What `Chunk(...)` does in a third of the time: a busy engine makes 100,000 a second."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,15 @@ class BatchShape(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.num_decode + self.prefill_tokens
+
+
+make_shape: Callable[[tuple[int, int, int, int, int]], BatchShape] = partial(
+    tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
+    BatchShape,
+)
+"""The same for `BatchShape(...)`."""
+EMPTY = BatchShape()
+"""No step takes less."""
 
 
 def batch_shape(chunks: tuple[Chunk, ...]) -> BatchShape:

@@ -39,13 +39,14 @@ class Committer:
         counts: list[tuple[str, int]] = []
         drawn, now = iter(_drawn(done)), generation.now()
         size = generation.kv.arena.block_tokens
-        for chunk, restarts in zip(step.chunks, step.restarts, strict=True):
-            sequence, start, num_tokens, samples = chunk
+        for (sequence, start, num_tokens, samples), restarts in zip(
+            step.chunks, step.restarts, strict=True
+        ):
             token = next(drawn) if samples else None
             if sequence.state is SeqState.FINISHED:
                 continue
             end = start + num_tokens
-            if restarts == sequence.num_restarts and end > sequence.num_computed:
+            if end > sequence.num_computed and restarts == sequence.num_restarts:
                 sequence.num_computed = end
             if token is not None:
                 if end == len(sequence.tokens) and not self.early:
@@ -115,12 +116,13 @@ class Committer:
         sequence.last_token_s = now
         if sequence.first_token_s is None:
             sequence.first_token_s = now
-        sequence.finish_reason = reason = end_of(sequence)
+        reason = end_of(sequence)
         if reason is not None:
+            sequence.finish_reason = reason
             self._register(generation, sequence)
-        plan = generation.switcher.plan_of(sequence.group)
+        plan = generation.switcher.plan_of(sequence.group).name
         hidden = self.hidden.pop(sequence.request_id, None) if self.hidden else None
-        self.outbox.put_tokens(sequence, [token], plan.name, logprobs, logits, hidden)
+        self.outbox.put_token(sequence, token, plan, logprobs, logits, hidden)
         if reason is not None:
             self.finish(generation, sequence, reason)
 
@@ -140,7 +142,7 @@ class Committer:
         extend_hashes(sequence, num_full, size)
         if num_full > kv.tables[sequence.request_id].num_registered:
             level = generation.level(sequence)
-            kv.register(sequence.request_id, sequence.hashes[:num_full], level)
+            kv.register(sequence.request_id, sequence.hashes, num_full, level)
 
 
 def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> None:
@@ -155,11 +157,14 @@ def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> Non
 def end_of(sequence: Sequence) -> FinishReason | None:
     """Why the sequence ends with its last token, if it does."""
     sampling = sequence.request.sampling
-    num_output = len(sequence.tokens) - sequence.num_prompt
     stops = sampling.stop_token_ids
-    if stops and sequence.tokens[-1] in stops and num_output >= max(1, sampling.min_tokens):
+    if (
+        stops
+        and sequence.tokens[-1] in stops
+        and sequence.num_output >= max(1, sampling.min_tokens)
+    ):
         return "stop"
-    return "length" if num_output >= sampling.max_tokens else None
+    return "length" if len(sequence.tokens) >= sequence.num_most else None
 
 
 def _drawn(done: StepDone) -> Iterable[Drawn]:

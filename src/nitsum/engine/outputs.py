@@ -11,7 +11,7 @@ _MAX_DONE = 1024
 
 
 class Outbox:
-    """Collects outputs; tokens of one request that arrive together travel together."""
+    """Collects outputs, in order."""
 
     def __init__(self) -> None:
         self._messages: list[FromEngine] = []
@@ -36,21 +36,21 @@ class Outbox:
         self.put(self._done[op_id])
         return True
 
-    def put_tokens(
+    def put_token(
         self,
         sequence: Sequence,
-        tokens: list[int],
+        token: int,
         plan: str,
         logprobs: TokenLogprobs | None = None,
         logits: bytes | None = None,
         hidden: bytes | None = None,
     ) -> None:
-        """New tokens of a sequence, with its end if it has one."""
-        started_s = sequence.first_scheduled_s
+        """A new token of a sequence, with its end if it has one."""
+        group, started_s = sequence.group, sequence.first_scheduled_s
         self._messages.append(
             Output(
                 sequence.request_id,
-                tokens,
+                [token],
                 sequence.finish_reason,
                 logprobs=[] if logprobs is None else [logprobs],
                 logits=[] if logits is None else [logits],
@@ -58,7 +58,7 @@ class Outbox:
                 tier=sequence.tier,
                 reason=sequence.tier_reason,
                 plan=plan,
-                lane="" if sequence.group is None else str(sequence.group),
+                lane="" if group is None else group.name,
                 num_cached=sequence.num_cached,
                 queue_s=0.0 if started_s is None else started_s - sequence.request.arrival_s,
                 num_displaced=sequence.num_displaced,

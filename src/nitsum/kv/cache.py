@@ -107,12 +107,15 @@ class KvCache:
             table.blocks.append(block)
         return True
 
-    def register(self, request_id: str, hashes: Sequence[int], level: int = 0) -> None:
-        """Tell the prefix index about the table's leading blocks, which hash to `hashes`."""
+    def register(
+        self, request_id: str, hashes: Sequence[int], num_blocks: int, level: int = 0
+    ) -> None:
+        """Tell the prefix index about the table's first `num_blocks` blocks, which hash to
+        `hashes`; that may be more."""
         table = self.tables[request_id]
         if not self.prefix_caching:
             return
-        for index in range(table.num_registered, min(len(hashes), len(table.blocks))):
+        for index in range(table.num_registered, min(num_blocks, len(table.blocks))):
             block = table.blocks[index]
             block.level = level
             self.prefixes.add(block, hashes[index], hashes[0])
@@ -158,7 +161,7 @@ class KvCache:
         self._copies.extend(
             self.host.load(parked, group, blocks, first, self.arena.units_per_block)
         )
-        self.register(request_id, parked.hashes, level)
+        self.register(request_id, parked.hashes, len(parked.hashes), level)
         self.discard(request_id)
         return True
 

@@ -274,8 +274,10 @@ class Recorder:
         for request_id, num_tokens in event.tokens:
             record = requests.get(request_id)
             if record is not None:
-                for _ in range(num_tokens):
+                if num_tokens == 1:
                     record.token_times.append(at_s)
+                else:
+                    record.token_times.extend([at_s] * num_tokens)
             step.num_tokens_out += num_tokens
         self.steps.append(step)
 

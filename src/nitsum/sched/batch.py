@@ -12,7 +12,7 @@ from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.composed import Composed
 from nitsum.sched.order import in_order
 from nitsum.sched.targets import LOOSEST, MARGIN, TIGHTEST
-from nitsum.step import BatchShape, Chunk
+from nitsum.step import EMPTY, BatchShape, Chunk, make_chunk
 
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
@@ -34,62 +34,70 @@ OWN_STEP = 1.25
 # --- decodes -------------------------------------------------------------------------------------
 
 
-def add_decodes(lane: LaneScheduler, step: Composed) -> list[Sequence]:
-    """Put every sequence in decode into the step; returns those with more to compute."""
-    prefills: list[Sequence] = []
-    context = 0
+def add_decodes(lane: LaneScheduler, step: Composed) -> list[list[Sequence]]:
+    """Put every sequence in decode into the step; returns those with more to compute, by level."""
+    prefills: list[list[Sequence]] = [[] for _ in lane.levels]
+    context, most = 0, lane.num_seats
     for level in lane.levels:
-        num_before = len(step.chunks)
-        context += _add_level(lane, step, level, prefills)
-        step.tokens[level] = len(step.chunks) - num_before
+        if lane.running[level]:
+            num_before = len(step.chunks)
+            context += _add_level(lane, step, level, prefills[level], most)
+            step.tokens[level] = len(step.chunks) - num_before
     count = len(step.chunks)
     if step.preempted:
         _recount(lane, step)
-        prefills = [sequence for sequence in prefills if not step.has_lost(sequence)]
+        prefills = [[s for s in sequences if not step.has_lost(s)] for sequences in prefills]
     else:
         step.shape = BatchShape(count, context, 0, 0, count)
-    if lane.rules.slack and count:
-        _thin_out(lane, step, any(sequence.pace_s is not None for sequence in prefills))
     if step.chunks:
         step.predicted_s = lane.step_time(step)
+        if lane.rules.slack:
+            _thin_out(lane, step, _has_pace(prefills))
     step.decodes, lane.decode_s = step.shape, step.predicted_s
     return prefills
 
 
-def _add_level(lane: LaneScheduler, step: Composed, level: int, prefills: list[Sequence]) -> int:
+def _has_pace(prefills: list[list[Sequence]]) -> bool:
+    return any(s.pace_s is not None for sequences in prefills for s in sequences)
+
+
+def _add_level(
+    lane: LaneScheduler, step: Composed, level: int, prefills: list[Sequence], most: int
+) -> int:
     """The decodes of one level; returns their context in tokens. This loop is the hot one."""
     block_tokens, start_s = lane.kv.arena.block_tokens, step.start_s
-    most = lane.num_seats
-    append = step.chunks.append
+    chunks, preempted = step.chunks, step.preempted
     context, tight_s, next_due_s = 0, inf, inf
     for sequence in list(lane.running[level]):
         total = len(sequence.tokens) + sequence.num_sampling
-        start = sequence.num_dispatched
-        answered = total - sequence.num_prompt
-        if answered >= sequence.request.sampling.max_tokens:
+        if total >= sequence.num_most:
             continue  # nothing left to draw
+        start = sequence.num_dispatched
         if total - start != 1:
             if total - start > 1:
                 prefills.append(sequence)
             continue
         # A block begins here; every other position lies in the block of the one before it.
-        if start % block_tokens == 0 and not _grow(lane, step, sequence, total):
+        if not start % block_tokens and not _grow(lane, step, sequence, total):
             continue
-        if len(step.chunks) >= most or (step.preempted and step.has_lost(sequence)):
+        if len(chunks) >= most or (preempted and step.has_lost(sequence)):
             continue
         pace_s = sequence.pace_s
         if pace_s is not None:
             first_s = sequence.first_token_s
             if first_s is None:
                 first_s = start_s  # the steps before this one draw it
-            due_s = first_s + answered * pace_s
+            due_s = first_s + (total - sequence.num_prompt) * pace_s
             allowed_s = LOOSEST * pace_s
             if first_s <= sequence.missed_after_s:
                 ahead_s = due_s - start_s - MARGIN * pace_s
-                allowed_s = min(max(ahead_s, TIGHTEST * pace_s), allowed_s)
-            tight_s = min(tight_s, allowed_s)
-            next_due_s = min(next_due_s, due_s + pace_s)
-        append(Chunk(sequence, start, 1, True))
+                if ahead_s < allowed_s:
+                    allowed_s = max(ahead_s, TIGHTEST * pace_s)
+            if allowed_s < tight_s:
+                tight_s = allowed_s
+            if due_s + pace_s < next_due_s:
+                next_due_s = due_s + pace_s
+        chunks.append(make_chunk((sequence, start, 1, True)))
         context += total
     step.tight_s[level] = tight_s
     step.next_due_s = min(step.next_due_s, next_due_s)
@@ -119,9 +127,11 @@ def _recount(lane: LaneScheduler, step: Composed) -> None:
 def _thin_out(lane: LaneScheduler, step: Composed, is_urgent: bool) -> None:
     """Leave out as many loose requests as it takes for the tight ones to keep their pace; with
     urgent prompts to compute, loose ones leave them half of the time that is to spare."""
-    allowed_s = min(step.tight_s)
-    predicted_s = lane.step_time(step)
-    if allowed_s == inf or (predicted_s <= allowed_s and not is_urgent):
+    allowed_s, predicted_s = min(step.tight_s), step.predicted_s
+    least_s = allowed_s
+    if is_urgent and allowed_s < inf:  # what would be left of it if all were loose
+        least_s -= PREFILL_PART * max(0.0, allowed_s - lane.shape_time(EMPTY))
+    if allowed_s == inf or predicted_s <= least_s:
         lane.skipped.clear()
         return
     slack = [(_skip_slack_s(lane, step, chunk, predicted_s), chunk) for chunk in step.chunks]
@@ -136,6 +146,7 @@ def _thin_out(lane: LaneScheduler, step: Composed, is_urgent: bool) -> None:
     if left_out:
         step.chunks[:] = [chunk for chunk in step.chunks if chunk.sequence not in left_out]
         _recount(lane, step)
+        step.predicted_s = lane.step_time(step)
 
 
 def _skip_slack_s(lane: LaneScheduler, step: Composed, chunk: Chunk, predicted_s: float) -> float:
@@ -179,15 +190,20 @@ def _fewest(lane: LaneScheduler, step: Composed, loose: list[Chunk], allowed_s: 
 # --- prefills ------------------------------------------------------------------------------------
 
 
-def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) -> None:
-    """Chunks in order, each as large as the tightest affected decode allows."""
+def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequence]]) -> None:
+    """Chunks in order, each as large as the tightest affected decode allows.
+
+    `prefills`: by level.
+    """
     if lane.rules.slack:
         step.others_bear_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
-    in_front = sum(sequence.num_remaining for sequence in ahead)
-    behind = sum(sequence.num_remaining for sequence in prefills) - in_front
-    is_whole = _add_in_turn(lane, step, ahead, taken, behind)
+    left_at = [_left_tokens(sequences) for sequences in prefills]
+    is_whole = True
+    if ahead:
+        behind = sum(left_at) - _left_tokens(ahead)
+        is_whole = _add_in_turn(lane, step, ahead, taken, behind)
     is_whole = _add_in_turn(lane, step, rest, taken, 0) and is_whole
     lane.num_dry = 0 if any(taken) else lane.num_dry + 1
     if step.chunks:
@@ -195,40 +211,43 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[Sequence]) 
     if not is_whole and any(taken):
         lane.prefill_pace.note_step(taken, step.predicted_s)
     if not is_whole and lane.rules.slack:
-        _note_left(lane, step, prefills, sum(taken))
+        left_at = [left - tokens for left, tokens in zip(left_at, taken, strict=True)]
+        _note_left(lane, step, prefills, left_at, sum(taken))
     if step.chunks:  # an empty step says nothing about the next
         lane.step_takes_tokens = lane.prefill_pace.tokens_per_s[0] * step.predicted_s
 
 
+def _left_tokens(prefills: list[Sequence]) -> int:
+    """Positions that are still to compute of all of them."""
+    return sum([len(s.tokens) + s.num_sampling - s.num_dispatched for s in prefills])
+
+
 def _note_left(
-    lane: LaneScheduler, step: Composed, prefills: list[Sequence], num_taken: int
+    lane: LaneScheduler,
+    step: Composed,
+    prefills: list[list[Sequence]],
+    left_at: list[int],
+    num_taken: int,
 ) -> None:
-    """What the step, which took `num_taken` tokens, left to those after it."""
-    chunks = step.chunks[step.decodes.num_decode :]
-    beside = {chunk.sequence: chunk.num_tokens for chunk in chunks}
-    left_at = [0 for _ in lane.levels]
-    without: list[Sequence] = []
-    for sequence in prefills:
-        level = lane.setting.level(sequence)
-        left_at[level] += sequence.num_remaining - beside.get(sequence, 0)
-        if sequence not in beside:
-            without.append(sequence)
-            lane.is_stalled[level] = True
+    """What the step, which took `num_taken` tokens, left to those after it: `left_at` by level."""
+    served = {chunk.sequence for chunk in step.chunks[step.decodes.num_decode :]}
     is_pressed = [left > 2 * num_taken for left in accumulate(left_at)]
-    for sequence in without:
-        level = lane.setting.level(sequence)
-        if is_pressed[level] and _makes_way(sequence, step):
-            left_at[level] -= sequence.num_remaining
-            lane.put_back(sequence, step)
+    for level, sequences in enumerate(prefills):
+        without = [sequence for sequence in sequences if sequence not in served]
+        lane.is_stalled[level] = bool(without)
+        if is_pressed[level]:
+            for sequence in [s for s in without if s.first_scheduled_s is None]:
+                if _makes_way(sequence, step):
+                    left_at[level] -= sequence.num_remaining
+                    lane.put_back(sequence, step)
     lane.ahead_tokens = list(accumulate(left_at))
 
 
 def _makes_way(sequence: Sequence, step: Composed) -> bool:
-    """Late prompts of which nothing was computed give their slots back while others wait: in the
-    queue, tenants take turns, and there is no KV to hold."""
+    """Of prompts of which nothing was computed, late ones give their slots back while others wait:
+    in the queue, tenants take turns, and there is no KV to hold."""
     return (
         step.start_s > sequence.first_due_s
-        and sequence.first_scheduled_s is None
         and sequence.chain_start_s is None
         and not sequence.promoted
         and not sequence.num_restarts
@@ -283,8 +302,8 @@ def _hold_to_first_token(
 ) -> None:
     """What else the step takes on must not make its first token late, unless it is anyway."""
     allowed_s = sequence.first_due_s - step.start_s - MARGIN * pace_s
-    if lane.step_time(step) <= allowed_s:
-        step.first_tight_s = min(step.first_tight_s, allowed_s)
+    if allowed_s < step.first_tight_s and lane.step_time(step) <= allowed_s:
+        step.first_tight_s = allowed_s
 
 
 def _chunk_tokens(
@@ -330,9 +349,11 @@ def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int
     others_s = min(step.others_bear_s, step.first_tight_s)
     allowed_s = min(*step.tight_s, others_s)
     count = _fitting(lane, step, sequence, most, allowed_s)
+    if count == most:
+        return count
     level = lane.setting.level(sequence)
     higher_s = min(min(step.tight_s[: level + 1]), others_s)
-    if count == most or higher_s <= allowed_s:
+    if higher_s <= allowed_s:
         return count
     num_steps = ceil(sequence.num_remaining / max(count, 1))
     on_time = step.start_s + num_steps * allowed_s <= sequence.first_due_s

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nitsum.step import BatchShape
+from nitsum.step import BatchShape, make_shape
+
+HALVE_EVERY = 4
+"""Of the looks at times between two counts, one halves what is between them, come what may."""
 
 StepTime = Callable[[BatchShape], float]
 
 
 def with_prefill(shape: BatchShape, start: int, num_tokens: int, samples: bool) -> BatchShape:
     """The shape after adding a chunk of `num_tokens` from position `start` on."""
-    return BatchShape(
-        shape.num_decode,
-        shape.decode_context_tokens,
-        shape.prefill_tokens + num_tokens,
-        shape.prefill_context_tokens + num_tokens * start + num_tokens * (num_tokens + 1) // 2,
-        shape.num_samples + samples,
+    num_decode, decode_context, prefill, prefill_context, num_samples = shape
+    context = num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return make_shape(
+        (
+            num_decode,
+            decode_context,
+            prefill + num_tokens,
+            prefill_context + context,
+            num_samples + samples,
+        )
     )
 
 
@@ -36,17 +43,34 @@ def largest_chunk(
     high_s = seconds(high)
     if high_s <= allowed_s:
         return high
-    low, low_s = 0, step_time(shape)
-    if low_s > allowed_s:
+    under_s = allowed_s - step_time(shape)
+    if under_s < 0.0:
         return 0
-    halve = False
-    while high - low > 1:  # low fits, high does not; times are nearly straight lines
-        way = 0.5 if halve else (allowed_s - low_s) / (high_s - low_s)
+    return _last_fitting(seconds, high, under_s, high_s - allowed_s, allowed_s)
+
+
+def _last_fitting(
+    seconds: Callable[[int], float], high: int, under_s: float, over_s: float, allowed_s: float
+) -> int:
+    """The last count before `high` that takes no more than `allowed_s`. None at all takes `under_s`
+    less than that, `high` takes `over_s` more.
+
+    Where a straight line between the two ends would cross is looked first. An end that stays twice
+    counts half from then on (the Illinois rule), and where that does not help, halving does.
+    """
+    low, num_looks = 0, 0
+    num_fit = num_over = 0
+    while high - low > 1:
+        num_looks += 1
+        way = under_s / (under_s + over_s) if num_looks % HALVE_EVERY else 0.5
         middle = min(max(low + int(way * (high - low)), low + 1), high - 1)
-        middle_s = seconds(middle)
-        if middle_s <= allowed_s:
-            low, low_s = middle, middle_s
+        rest_s = allowed_s - seconds(middle)
+        if rest_s >= 0.0:
+            low, under_s = middle, rest_s
+            num_fit, num_over = num_fit + 1, 0
         else:
-            high, high_s = middle, middle_s
-        halve = not halve
+            high, over_s = middle, -rest_s
+            num_fit, num_over = 0, num_over + 1
+        under_s *= 0.5 if num_over > 1 else 1.0
+        over_s *= 0.5 if num_fit > 1 else 1.0
     return low

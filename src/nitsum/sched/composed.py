@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from nitsum.request import Sequence
-from nitsum.step import BatchShape, Chunk
+from nitsum.step import EMPTY, Chunk
 
 
 class Preemption(NamedTuple):
@@ -27,49 +27,64 @@ class Resumption(NamedTuple):
     """Its row does not exist in this lane: it gives up its slot and joins anew."""
 
 
-@dataclass(slots=True)
 class Composed:
     """What `LaneScheduler.compose` hands to the engine."""
 
-    num_levels: int
-    num_free_slots: int
-    """Rows on the workers that sequences may still take."""
-    now: float
-    start_s: float
-    """When the step will start: the steps before it on its ranks are done by then."""
-    part: float = 1.0
-    """Of the tokens a step may compute: what one with decodes in it does."""
-    num_new_blocks: int = 0
-    """Blocks of KV that room was found for, of prompts."""
-    chunks: list[Chunk] = field(default_factory=list[Chunk])
-    shape: BatchShape = field(default_factory=BatchShape)
-    predicted_s: float = 0.0
-    displaced: list[tuple[Sequence, Sequence]] = field(
-        default_factory=list[tuple[Sequence, Sequence]]
+    __slots__ = (
+        "chunks",
+        "decodes",
+        "displaced",
+        "first_tight_s",
+        "next_due_s",
+        "now",
+        "num_free_slots",
+        "num_new_blocks",
+        "others_bear_s",
+        "part",
+        "predicted_s",
+        "preempted",
+        "promoted",
+        "put_back",
+        "resumed",
+        "shape",
+        "start_s",
+        "tight_s",
+        "tokens",
     )
-    """(paused, in favour of)"""
-    resumed: list[Resumption] = field(default_factory=list[Resumption])
-    preempted: list[Preemption] = field(default_factory=list[Preemption])
-    """Those whose KV was not kept are to be queued again."""
-    put_back: list[Sequence] = field(default_factory=list[Sequence])
-    """Prompts of which nothing was computed that gave their room back and wait again."""
-    promoted: list[Sequence] = field(default_factory=list[Sequence])
-    tokens: list[int] = field(default_factory=list[int])
-    """Positions computed, by level."""
-    tight_s: list[float] = field(default_factory=list[float])
-    """How long the step may take for the decodes of each level."""
-    first_tight_s: float = float("inf")
-    """How long the step may take for those it draws the first token of."""
-    others_bear_s: float = float("inf")
-    """How long the step may take for lanes on the same ranks and for who comes right after it."""
-    decodes: BatchShape = field(default_factory=BatchShape)
-    """Its shape before any prompt was taken on."""
-    next_due_s: float = float("inf")
-    """When the first of its decodes must have its token after this step's."""
 
-    def __post_init__(self) -> None:
-        self.tokens = [0] * self.num_levels
-        self.tight_s = [float("inf")] * self.num_levels
+    def __init__(self, num_levels: int, num_free_slots: int, now: float, start_s: float) -> None:
+        self.now = now
+        self.start_s = start_s
+        """When the step will start: the steps before it on its ranks are done by then."""
+        self.num_free_slots = num_free_slots
+        """Rows on the workers that sequences may still take."""
+        self.part = 1.0
+        """Of the tokens a step may compute: what one with decodes in it does."""
+        self.num_new_blocks = 0
+        """Blocks of KV that room was found for, of prompts."""
+        self.chunks: list[Chunk] = []
+        self.shape = EMPTY
+        self.decodes = EMPTY
+        """Its shape before any prompt was taken on."""
+        self.predicted_s = 0.0
+        self.displaced: list[tuple[Sequence, Sequence]] = []
+        """(paused, in favour of)"""
+        self.resumed: list[Resumption] = []
+        self.preempted: list[Preemption] = []
+        """Those whose KV was not kept are to be queued again."""
+        self.put_back: list[Sequence] = []
+        """Prompts of which nothing was computed that gave their room back and wait again."""
+        self.promoted: list[Sequence] = []
+        self.tokens = [0] * num_levels
+        """Positions computed, by level."""
+        self.tight_s = [inf] * num_levels
+        """How long the step may take for the decodes of each level."""
+        self.first_tight_s = inf
+        """How long the step may take for those it draws the first token of."""
+        self.others_bear_s = inf
+        """How long the step may take for lanes on the same ranks and for who comes right after."""
+        self.next_due_s = inf
+        """When the first of its decodes must have its token after this step's."""
 
     def take_out(self, sequence: Sequence) -> None:
         """The sequence is not part of this step after all."""

@@ -37,6 +37,7 @@ class LaneScheduler:
         self.lane = lane
         self.setting = setting
         self.kv, self.limits, self.rules = setting.kv, setting.limits, setting.rules
+        self._price = setting.cost.step_time
         self.levels = range(setting.num_levels)
         self.waiting = [
             TierQueue(setting.accounts_of(level), fair=self.rules.fair) for level in self.levels
@@ -176,7 +177,7 @@ class LaneScheduler:
     def takes_turns(self) -> bool:
         """A switch takes requests from here into a lane on the same ranks, or the other way: both
         step, so both keep their steps short."""
-        return any(
+        return bool(self.neighbours) and any(
             (self.drains or other.drains) and self.num_running and other.num_running
             for other in self.neighbours
         )
@@ -191,7 +192,7 @@ class LaneScheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_running or any(self.returning) or any(self.waiting))
+        return bool(self.num_running) or any(map(self.has_queued, self.levels))
 
     def with_kv(self) -> list[Sequence]:
         """Those that hold KV on the device, most urgent first."""
@@ -222,10 +223,10 @@ class LaneScheduler:
         self.is_new = self.is_new and self.num_running > 0
         fill_slots(self, step)
         self.is_new = False
-        self.is_stalled = [False for _ in self.levels]
-        self.ahead_tokens = [0 for _ in self.levels]
+        self.is_stalled = [False] * len(self.levels)
+        self.ahead_tokens = [0] * len(self.levels)
         prefills = add_decodes(self, step)
-        if prefills:
+        if any(prefills):
             add_prefills(self, step, prefills)
         self._settle(step)
         self._take_turns(step)
@@ -233,15 +234,17 @@ class LaneScheduler:
 
     def backlog(self) -> list[bool]:
         """Which levels have work without a slot, or with one and no part in the last step."""
-        return [
-            bool(self.waiting[i] or self.returning[i] or self.is_stalled[i]) for i in self.levels
-        ]
+        return [self.is_stalled[level] or self.has_queued(level) for level in self.levels]
+
+    def has_queued(self, level: int) -> bool:
+        """Somebody of the level has no slot."""
+        return bool(self.waiting[level].tickets or self.returning[level].tickets)
 
     def shape_time(self, shape: BatchShape) -> float:
-        return self.setting.cost.step_time(self.lane, shape)
+        return self._price(self.lane, shape)
 
     def step_time(self, step: Composed) -> float:
-        return self.shape_time(step.shape)
+        return self._price(self.lane, step.shape)
 
     @property
     def num_seats(self) -> int:
@@ -328,14 +331,14 @@ class LaneScheduler:
         if self.rules.fair:
             self._charge(step)
         self.next_start_s = step.next_due_s - step.predicted_s
-        for level in self.levels:
+        for level in filter(self.has_queued, self.levels):
             head = next_of(self, level, step.now)
             if head is not None:
                 self.next_start_s = min(self.next_start_s, head.latest_start_s)
 
     def _charge(self, step: Composed) -> None:
         accounts = self.setting.accounts
-        if all(account.num_tenants < 2 for account in accounts.values()):
+        if not any(account.num_tenants > 1 for account in accounts.values()):
             return
         counts: dict[tuple[str, str], int] = {}
         for sequence, _, _, samples in step.chunks:

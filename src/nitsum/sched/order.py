@@ -42,19 +42,21 @@ class PrefillPace:
 
 
 def in_order(
-    lane: LaneScheduler, step: Composed, prefills: list[Sequence]
+    lane: LaneScheduler, step: Composed, prefills: list[list[Sequence]]
 ) -> tuple[list[Sequence], Iterator[Sequence]]:
     """Those that go first but get only a part of the step, and all others, by urgency.
 
-    A step takes a few of many, so only what is asked for gets sorted.
+    `prefills` are by level. A step takes a few of many, so only what is asked for gets sorted.
     """
     ahead: list[Sequence] = []
-    by_level: list[list[Sequence]] = [[] for _ in lane.levels]
-    level_of = lane.setting.level
-    owed = [lane.shares.protects(level) for level in lane.levels]
-    for sequence in prefills:
-        level = level_of(sequence)
-        (ahead if sequence.promoted or owed[level] else by_level[level]).append(sequence)
+    by_level = list(prefills)
+    for level, sequences in enumerate(prefills):
+        if sequences and lane.shares.protects(level):
+            ahead += sequences
+            by_level[level] = []
+        elif lane.num_promoted:
+            ahead += [s for s in sequences if s.promoted]
+            by_level[level] = [s for s in sequences if not s.promoted]
     ahead.sort(key=lambda sequence: (not sequence.promoted, sequence.latest_start_s))
     return ahead, _by_level(lane, step, by_level)
 
@@ -71,7 +73,10 @@ def _by_level(
         if not sequences:
             continue
         tokens_per_s = lane.prefill_pace.tokens_per_s[level]
-        yield from sorted(sequences, key=_urgency(sequences, before_s, tokens_per_s))
+        if len(sequences) == 1:
+            yield sequences[0]
+        else:
+            yield from sorted(sequences, key=_urgency(sequences, before_s, tokens_per_s))
         before_s += sum(s.num_remaining for s in sequences) / tokens_per_s
 
 

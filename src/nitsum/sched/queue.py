@@ -41,35 +41,40 @@ class TierQueue:
         self.accounts = accounts
         self.fair = fair
         """Otherwise all tenants stand in one line."""
-        self._tickets: dict[Sequence, int] = {}
+        self.tickets: dict[Sequence, int] = {}
+        """Who is here."""
         self._lines: dict[str, _Line] = {}
         self._listed: tuple[list[tuple[float, int, _Line]], ...] = ([], [], [])
         """By class: heap of the lines that have such requests, by service received."""
         self._ids = count()
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self.tickets)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._tickets
+        return sequence in self.tickets
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._tickets)
+        return iter(self.tickets)
 
     def add(self, sequence: Sequence) -> None:
         line = self._line_of(sequence)
         line.account = self.accounts[line.tenant]
         self.accounts.enter(line.account, sequence.num_prompt)
-        ticket = self._tickets[sequence] = next(self._ids)
+        ticket = self.tickets[sequence] = next(self._ids)
         entry = (sequence.request.order, sequence.latest_start_s, ticket, sequence)
         self._push(line, _PROMISED if sequence.promised else _OPEN, entry)
 
     def remove(self, sequence: Sequence) -> bool:
-        """False if it is not here. Its heap entry stays until it comes up."""
-        if self._tickets.pop(sequence, None) is None:
+        """False if it is not here. Its heap entry stays until it comes up, or nobody is left."""
+        if self.tickets.pop(sequence, None) is None:
             return False
         line = self._line_of(sequence)
         self.accounts.leave(line.account, sequence.num_prompt)
+        if not self.tickets:
+            self._lines.clear()
+            for listed in self._listed:
+                listed.clear()
         return True
 
     def head(self, now: float, *, late: bool = True) -> Sequence | None:
@@ -112,7 +117,7 @@ class TierQueue:
         heap = line.heaps[kind]
         while heap:
             order, at_s, ticket, sequence = heap[0]
-            if self._tickets.get(sequence) != ticket:
+            if self.tickets.get(sequence) != ticket:
                 heappop(heap)
             elif sequence.lost_after_s < now and at_s != sequence.chain_start_s:
                 heappop(heap)
@@ -130,25 +135,26 @@ class ReturnQueue:
 
     def __init__(self) -> None:
         self._heap: list[_Entry] = []
-        self._tickets: dict[Sequence, int] = {}
+        self.tickets: dict[Sequence, int] = {}
+        """Who is here."""
         self._ids = count()
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self.tickets)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._tickets)
+        return iter(self.tickets)
 
     def add(self, sequence: Sequence) -> None:
-        ticket = self._tickets[sequence] = next(self._ids)
+        ticket = self.tickets[sequence] = next(self._ids)
         request = sequence.request
         heappush(self._heap, (request.order, request.arrival_s, ticket, sequence))
 
     def remove(self, sequence: Sequence) -> bool:
-        return self._tickets.pop(sequence, None) is not None
+        return self.tickets.pop(sequence, None) is not None
 
     def head(self) -> Sequence | None:
         heap = self._heap
-        while heap and self._tickets.get(heap[0][-1]) != heap[0][-2]:
+        while heap and self.tickets.get(heap[0][-1]) != heap[0][-2]:
             heappop(heap)
         return heap[0][-1] if heap else None

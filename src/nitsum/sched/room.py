@@ -6,7 +6,7 @@ KV goes to host memory while there is room in it, and is dropped otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from nitsum.request import SeqState, Sequence
@@ -28,9 +28,10 @@ class Room:
         num_tokens = len(sequence.tokens)
         if sequence.num_restarts and not self._has_headroom(num_tokens):
             return False
-        return self._make(
-            lambda: self.kv.grow(sequence.request_id, num_tokens), sequence, rank, step
-        )
+        while not self.kv.grow(sequence.request_id, num_tokens):
+            if not self._make_way(sequence, rank, step):
+                return False
+        return True
 
     def restore(self, sequence: Sequence, rank: int, step: Composed) -> bool:
         """Its KV back from host memory, into this lane's layout."""
@@ -38,20 +39,18 @@ class Room:
             return False
         group = self.lane.lane.group
         level = self.lane.setting.tiers[sequence.tier].level
-        return self._make(
-            lambda: self.kv.restore(sequence.request_id, group, level), sequence, rank, step
-        )
+        while not self.kv.restore(sequence.request_id, group, level):
+            if not self._make_way(sequence, rank, step):
+                return False
+        return True
 
     def grow(self, sequence: Sequence, num_tokens: int, step: Composed) -> bool:
         """Blocks for a running sequence to go on; later ones of its level make way, too."""
-        level = self.lane.setting.level(sequence)
-        return self._make(
-            lambda: self.kv.grow(sequence.request_id, num_tokens),
-            sequence,
-            level,
-            step,
-            growing=True,
-        )
+        while not self.kv.grow(sequence.request_id, num_tokens):
+            level = self.lane.setting.level(sequence)
+            if not self._make_way(sequence, level, step, growing=True):
+                return False
+        return True
 
     def yield_kv(self, victim: Sequence, by: Sequence, step: Composed) -> None:
         """The victim's device memory is free after this, and it is not part of the step."""
@@ -72,20 +71,14 @@ class Room:
 
     # -- inside --
 
-    def _make(
-        self,
-        attempt: Callable[[], bool],
-        asking: Sequence,
-        rank: int,
-        step: Composed,
-        *,
-        growing: bool = False,
+    def _make_way(
+        self, asking: Sequence, rank: int, step: Composed, *, growing: bool = False
     ) -> bool:
-        while not attempt():
-            victim = self._victim(asking, rank, growing)
-            if victim is None:
-                return False
-            self.yield_kv(victim, asking, step)
+        """The next victim's room is free; False if there is none."""
+        victim = self._victim(asking, rank, growing)
+        if victim is None:
+            return False
+        self.yield_kv(victim, asking, step)
         return True
 
     def _has_headroom(self, num_tokens: int) -> bool:

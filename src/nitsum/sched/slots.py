@@ -56,7 +56,7 @@ def _next_candidate(lane: LaneScheduler, step: Composed) -> Candidate | None:
             owed = lane.shares.owed(lane.backlog())
             if owed is not None and (head := _owed_head(lane, owed, now)) is not None:
                 return Candidate(head, owed)
-    for level in lane.levels:
+    for level in filter(lane.has_queued, lane.levels):
         if (head := next_of(lane, level, now)) is not None:
             return Candidate(head, level)
     return None

@@ -23,7 +23,7 @@ def fill(cache: KvCache, name: str, num_blocks: int, *, cached: bool) -> None:
     cache.open(name, WIDE, [])
     assert cache.grow(name, num_blocks)
     if cached:
-        cache.register(name, hashes)
+        cache.register(name, hashes, len(hashes))
         cache.close(name)
 
 

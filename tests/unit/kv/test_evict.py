@@ -22,7 +22,7 @@ def leave_behind(cache: KvCache, name: str, num_blocks: int) -> list[int]:
     hashes = hashes_of(name, num_blocks)
     cache.open(name, WIDE, [])
     assert cache.grow(name, num_blocks)
-    cache.register(name, hashes)
+    cache.register(name, hashes, len(hashes))
     cache.close(name)
     return hashes
 
@@ -52,7 +52,7 @@ def test_large_pages_that_somebody_comes_back_for_outlast_small_ones():
     use(cache, "used", 80)
     cache.open("kept", NARROW, [])
     assert cache.grow("kept", 8)
-    cache.register("kept", hashes)
+    cache.register("kept", hashes, len(hashes))
     cache.close("kept")
     cache.prefixes.keep(hashes)
     leave_behind(cache, "other", 32)
