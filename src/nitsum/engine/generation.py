@@ -87,8 +87,7 @@ class Generation:
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
         self.landing = Landing(self.loops, self.rank_load)
-        self._num_handing_over = 0
-        """Prefill lanes."""
+        self._num_prefill_lanes = 0
         self.setting = Setting(
             clock,
             self.kv,
@@ -225,7 +224,7 @@ class Generation:
     def advance_moves(self) -> list[SwitchReport]:
         """One turn of the switch under way and of hand-overs; reports of switches that ended."""
         reports = self.switcher.advance()
-        if self._num_handing_over or not self.hand_overs.is_idle:
+        if self._num_prefill_lanes or not self.hand_overs.is_idle:
             self.hand_overs.advance(may_propose=self.switcher.is_waiting)
         return reports
 
@@ -316,9 +315,8 @@ class Generation:
             self.dispatcher.expect_join(sequence.slot)
         loop = self.loops[group]
         loop.scheduler.enter(sequence)
-        self.admission.add(
-            sequence, self.admission.route_on(sequence, loop.lane, self.switcher.plan)
-        )
+        route = self.admission.route_on(sequence, loop.lane, self.switcher.plan)
+        self.admission.add(sequence, route)
 
     def open_lane(self, lane: Lane) -> None:
         self.admission.open_lane(lane)
@@ -334,7 +332,7 @@ class Generation:
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack."""
         loops = self.loops.values()
-        self._num_handing_over = sum(loop.lane.role == "prefill" for loop in loops)
+        self._num_prefill_lanes = sum(loop.lane.role == "prefill" for loop in loops)
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]

@@ -12,6 +12,8 @@ promise their part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from nitsum.errors import ApiError
@@ -56,11 +58,16 @@ class _Asking(NamedTuple):
 
 
 class _Offer(NamedTuple):
-    """One lane as seen by one request."""
+    """One lane as seen by one request. In order: soonest done first; equal lanes differ by what
+    their prefix caches hold, then by their place in the plan."""
 
+    first_s: float
+    """Until its prompt would be computed."""
+    minus_hits: int
+    """Blocks of its prompt that are cached there, below zero."""
+    number: int
     lane: Lane
     work: Work
-    num_hits: int
     before_s: float
     """Work of its level and those above that the lane's ranks have to do first."""
     then: Lane | None = None
@@ -71,6 +78,15 @@ class _Offer(NamedTuple):
     def done_s(self) -> float:
         """Until all work up to its level, its own included, would be done."""
         return self.before_s + self.then_before_s + self.work.total_s
+
+
+_make_offer: Callable[[tuple[float, int, int, Lane, Work, float, Lane | None, float]], _Offer] = (
+    partial(
+        tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
+        _Offer,
+    )
+)
+"""What `_Offer(...)` does in a third of the time: every arrival makes one a lane."""
 
 
 class Admission:
@@ -217,29 +233,33 @@ class Admission:
     def _offers(self, asking: _Asking, plan: Plan) -> list[_Offer]:
         """Every lane that takes new requests of the tier, the best first."""
         lanes = self._lanes(plan, asking.tier.name)
+        match, backlog_s = self.setting.kv.prefixes.match, self.book.backlog_s
+        hashes, level = asking.sequence.hashes, asking.level
         prices: dict[tuple[int, int], Work] = {}
-        offers = [self._offer(asking, lane, plan, prices) for lane in lanes]
-        offers.sort(key=_preference)
+        offers: list[_Offer] = []
+        for number, lane in enumerate(lanes):
+            group = lane.group
+            hits, before_s = match(group, hashes), backlog_s(group, level)
+            work = prices.get((group.degree, hits))
+            if work is None:
+                work = prices[group.degree, hits] = self._price(asking, lane, hits)
+            then, then_before_s = None, 0.0
+            if lane.role == "prefill":
+                then, then_before_s = self._follower(asking, plan)
+                there = self._price(asking, then, hits)
+                work = work._replace(answer_s=there.answer_s, latency_s=there.latency_s)
+            first_s = before_s + work.prefill_s
+            offers.append(
+                _make_offer((first_s, -hits, number, lane, work, before_s, then, then_before_s))
+            )
+        offers.sort()
         return offers
 
-    def _offer(
-        self, asking: _Asking, lane: Lane, plan: Plan, prices: dict[tuple[int, int], Work]
-    ) -> _Offer:
-        """`prices`: what the same work costs lanes of one degree, by degree and prompt tokens."""
-        setting = self.setting
-        hits = setting.kv.prefixes.match(lane.group, asking.sequence.hashes)
-        num_new = max(1, asking.num_prompt - hits * setting.kv.arena.block_tokens)
-        work = prices.get((lane.group.degree, num_new))
-        if work is None:
-            work = setting.estimator.work(lane, num_new, asking.answer_tokens)
-            prices[lane.group.degree, num_new] = work
-        before_s = self.book.backlog_s(lane.group, asking.level)
-        if lane.role != "prefill":
-            return _Offer(lane, work, hits, before_s)
-        then, then_before_s = self._follower(asking, plan)
-        there = setting.estimator.work(then, num_new, asking.answer_tokens)
-        work = work._replace(answer_s=there.answer_s, latency_s=there.latency_s)
-        return _Offer(lane, work, hits, before_s, then, then_before_s)
+    def _price(self, asking: _Asking, lane: Lane, hits: int) -> Work:
+        """What it costs the lane if so many blocks of its prompt are cached there; the same for all
+        lanes of one degree."""
+        num_new = max(1, asking.num_prompt - hits * self.setting.kv.arena.block_tokens)
+        return self.setting.estimator.work(lane, num_new, asking.answer_tokens)
 
     def _can(self, asking: _Asking, offer: _Offer) -> bool:
         if asking.tier.deadline_s is not None:
@@ -265,11 +285,6 @@ class Admission:
                 return False
         promises = self.promises[offer.lane.group]
         return promises.could(tier, num_prompt, num_tokens, asking.slack_s)
-
-
-def _preference(offer: _Offer) -> tuple[float, int]:
-    """Soonest done; equal lanes differ by what their prefix caches hold."""
-    return (offer.before_s + offer.work.prefill_s, -offer.num_hits)
 
 
 def check_queue(tier: Tier, waiting: Accounts, num_prompt: int) -> None:

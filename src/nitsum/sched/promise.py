@@ -93,6 +93,7 @@ class Promises:
         self.capacity_tokens = capacity_tokens
         """KV positions the lane can hold."""
         self.tiers = tuple(tiers)
+        self._level_of = {tier.name: level for level, tier in enumerate(tiers)}
         self._levels = [_Level() for _ in tiers]
         self._held: dict[Sequence, int] = {}
         """Promised requests with a TPOT, and the positions they may come to hold."""
@@ -121,12 +122,13 @@ class Promises:
     def can(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
         """Whether the lane can promise a request of a TPOT tier: `num_prompt` positions to compute
         within `slack_s`, `num_tokens` to hold in the end."""
-        level = self.tiers.index(tier)
+        level = self._level_of[tier.name]
         seconds = self.through_s(num_prompt)
         if self._ahead_s(level) + seconds > slack_s:
             return False  # the test that a busy lane fails, and the cheapest
-        if any(entry.slack_s() < seconds for entry in self._levels[level + 1 :]):
-            return False
+        for entry in self._levels[level + 1 :]:
+            if entry.slack_s() < seconds:
+                return False
         return self.can_decode(tier, num_tokens)
 
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
@@ -144,7 +146,7 @@ class Promises:
         self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float
     ) -> None:
         """Promise it; `can` was asked."""
-        level = self.tiers.index(tier)
+        level = self._level_of[tier.name]
         seconds = self.through_s(num_prompt)
         slack_s -= self._ahead_s(level) + seconds
         self._levels[level].add(sequence, seconds, slack_s)
@@ -200,7 +202,7 @@ class Promises:
 
     def can_decode(self, tier: Tier, num_tokens: int) -> bool:
         """Whether an answer finds room and keeps its pace among the decodes."""
-        part = 1.0 if self.tiers.index(tier) == 0 else 1.0 - HEADROOM
+        part = 1.0 if self._level_of[tier.name] == 0 else 1.0 - HEADROOM
         return self._decode_fits(tier, len(self._held) + 1, self.num_tokens + num_tokens, part)
 
     def _decode_fits(self, tier: Tier, count: int, num_tokens: int, part: float) -> bool:
