@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
+from typing import NamedTuple
 
 from nitsum.plan import Group, Lane
 from nitsum.sched.lane import LaneScheduler
@@ -55,8 +56,7 @@ def turn_order(num_lanes: int, last_sent: int, soon_s: float) -> TurnOrder:
     return key
 
 
-@dataclass(frozen=True)
-class StepInFlight:
+class StepInFlight(NamedTuple):
     """What the engine must remember until a step's result arrives."""
 
     loop: LaneLoop

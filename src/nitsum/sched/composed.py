@@ -52,13 +52,20 @@ class Composed:
         "tokens",
     )
 
-    def __init__(self, num_levels: int, num_free_slots: int, now: float, start_s: float) -> None:
+    def __init__(
+        self,
+        num_levels: int,
+        num_free_slots: int,
+        now: float,
+        start_s: float,
+        part: float = 1.0,
+    ) -> None:
         self.now = now
         self.start_s = start_s
         """When the step will start: the steps before it on its ranks are done by then."""
         self.num_free_slots = num_free_slots
         """Rows on the workers that sequences may still take."""
-        self.part = 1.0
+        self.part = part
         """Of the tokens a step may compute: what one with decodes in it does."""
         self.num_new_blocks = 0
         """Blocks of KV that room was found for, of prompts."""
