@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
-from statistics import median
 
 from msgspec import structs
 
@@ -35,7 +34,13 @@ from nitsum.errors import NitsumError
 from nitsum.messages import SwitchReport
 from nitsum.metrics.percentiles import Summary, summarise
 from nitsum.metrics.records import Recorder, RequestRecord
-from nitsum.metrics.switches import SETTLE_S, SwitchSummary, pauses, summarise_switches
+from nitsum.metrics.switches import (
+    SETTLE_S,
+    SwitchSummary,
+    copy_slowdown_s,
+    pauses,
+    summarise_switches,
+)
 from nitsum.plan import PlanSet
 from nitsum.request import Request
 from nitsum.shape import ModelShape
@@ -47,8 +52,6 @@ MIN_TOKENS = 8
 """Tokens each stream has had since the switch before: enough gaps for a median."""
 PATIENCE_S = 60.0
 """A switch waits so long for a full arena; one that then starts anyway is counted apart."""
-BEFORE_S = 1.0
-"""Steps so soon before a switch say how long they take without one."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Result:
     pause_before_s: Summary = field(default_factory=lambda: summarise(()))
     """The same of as long a time before each switch."""
     slowdown_s: Summary = field(default_factory=lambda: summarise(()))
-    """How much longer the old lanes' steps took from propose to commit, per switch."""
+    """How much longer the old lanes' steps took while KV was copied, per switch."""
 
     @property
     def counts(self) -> bool:
@@ -228,24 +231,14 @@ class Run:
         )
 
     def _slowdowns_s(self) -> Iterator[float]:
-        """Per switch: median step of the lanes it empties while KV is copied, less that before."""
-        steps = self._recorder.steps
-        for switch in self._recorder.switches:
+        """Of the lanes that each switch empties, while KV is copied."""
+        switches, steps = self._recorder.switches, self._recorder.steps
+        for switch in switches:
             groups = self._options.plans[switch.from_plan].groups
             old = [step for step in steps if step.group in groups]
-            before = [
-                step.seconds
-                for step in old
-                if switch.started_s - BEFORE_S <= step.ended_s < switch.started_s
-            ]
-            during = [
-                step.seconds
-                for step in old
-                for wave in switch.waves
-                if wave.committed_s and wave.proposed_s <= step.ended_s <= wave.committed_s
-            ]
-            if before and during:
-                yield median(during) - median(before)
+            slowdown_s = copy_slowdown_s(switch, switches, old)
+            if slowdown_s is not None:
+                yield slowdown_s
 
     def _wants_switch(self) -> bool:
         return self._num_started < len(self._targets)

@@ -25,6 +25,8 @@ SETTLE_S = 0.1
 MIN_GAPS = 3
 """Gaps a stream needs on either side for its medians."""
 _BASELINE_S = 5.0
+ALIKE = 0.1
+"""Part of their tokens by which steps may differ to be compared."""
 
 
 class StreamPause(NamedTuple):
@@ -169,6 +171,37 @@ def precopy_slowdown(switch: SwitchRecord, steps: Iterable[StepRecord]) -> float
         elif switch.started_s - _BASELINE_S <= step.ended_s < switch.started_s:
             before.append(step.seconds)
     return median(during) / median(before) if during and before else None
+
+
+def copy_slowdown_s(
+    switch: SwitchRecord, switches: Iterable[SwitchRecord], steps: Sequence[StepRecord]
+) -> float | None:
+    """How much longer steps took from propose to commit than steps of about as many tokens outside
+    of all switches' copies: medians, seconds; None without such steps.
+
+    Steps are shorter during a switch, so that those right before it are no measure.
+    """
+    own, others = _copy_times([switch]), _copy_times(switches)
+    during = [step for step in steps if _is_within(step, own)]
+    if not during:
+        return None
+    size = median(step.num_decode + step.prefill_tokens for step in during)
+    alike = [
+        step.seconds
+        for step in steps
+        if abs(step.num_decode + step.prefill_tokens - size) <= ALIKE * size
+        and not _is_within(step, others)
+    ]
+    return median(step.seconds for step in during) - median(alike) if alike else None
+
+
+def _copy_times(switches: Iterable[SwitchRecord]) -> list[tuple[float, float]]:
+    waves = (wave for switch in switches for wave in switch.waves)
+    return [(w.proposed_s, w.committed_s) for w in waves if w.committed_s is not None]
+
+
+def _is_within(step: StepRecord, times: Iterable[tuple[float, float]]) -> bool:
+    return any(start_s <= step.ended_s <= end_s for start_s, end_s in times)
 
 
 def summarise_switches(

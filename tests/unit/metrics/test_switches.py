@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from nitsum.events import AnyEvent
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.switches import pauses, precopy_slowdown, summarise_switches
+from nitsum.metrics.switches import (
+    copy_slowdown_s,
+    pauses,
+    precopy_slowdown,
+    summarise_switches,
+)
 from tests.unit.metrics.streams import TP1, in_order, life, step, switch
 
 PLANS = ("2xTP1", "TP2")
@@ -137,3 +142,16 @@ def test_gaps_of_the_load_itself_are_told_apart() -> None:
     young = Recorder(in_order(life("a", 0.0, times[189:]), waves))
     (pause,), _ = pauses(young.switches, young.requests.values())
     assert pause.before_s is None
+
+
+def test_steps_beside_copies_are_compared_with_steps_of_their_size() -> None:
+    """Long steps before the switch, short ones in it and right after it."""
+    full = [step(1.0 + 0.1 * i, "a", seconds=0.04, prefill_tokens=960) for i in range(19)]
+    copying = [step(3.05 + 0.1 * i, "a", seconds=0.023, prefill_tokens=450) for i in range(9)]
+    after = [step(4.01 + 0.02 * i, "a", seconds=0.02, prefill_tokens=470) for i in range(5)]
+    waves = switch("s", PLANS, [(3.0, 4.0, [])])
+    run = Recorder(in_order(*full, *copying, *after, waves))
+    found = copy_slowdown_s(run.switches[0], run.switches, run.steps)
+    assert found == pytest.approx(0.003)
+    assert copy_slowdown_s(run.switches[0], run.switches, run.steps[:19]) is None
+    assert copy_slowdown_s(run.switches[0], run.switches, run.steps[:28]) is None
