@@ -37,6 +37,8 @@ class EngineConfig:
     """Sequences one lane steps at once."""
     max_batch_tokens: int = 512
     """Tokens one step may compute."""
+    max_mixed_tokens: int = 0
+    """Tokens of a step that has decodes, which its prompts keep waiting; 0: as of any step."""
     num_threads: int = 0
     """CPU threads of one worker; 0 divides the machine's cores between the workers."""
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
@@ -77,11 +79,21 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1.")
         if not 0.0 < self.gpu_memory_share <= 1.0:
             raise ConfigError("gpu_memory_share must be above 0 and at most 1.")
-        if self.max_batch_tokens < self.max_num_seqs:
+        if self.mixed_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_batch_tokens ({self.max_batch_tokens}) is below max_num_seqs "
+                f"max_batch_tokens or max_mixed_tokens ({self.mixed_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}): a full decode batch would not fit one step."
             )
+        if self.mixed_tokens > self.max_batch_tokens:
+            raise ConfigError(
+                f"max_mixed_tokens ({self.max_mixed_tokens}) is above max_batch_tokens "
+                f"({self.max_batch_tokens}), which no step may exceed. Lower it or raise the other."
+            )
+
+    @property
+    def mixed_tokens(self) -> int:
+        """Tokens of a step that has decodes."""
+        return self.max_mixed_tokens or self.max_batch_tokens
 
     @property
     def num_ranks(self) -> int:

@@ -10,7 +10,13 @@ from typing import Any, cast, get_type_hints
 
 import msgspec
 
-from nitsum.cli.settings import BATCH_TOKENS, NUM_SEQS, PlanSettings, ServeSettings
+from nitsum.cli.settings import (
+    BATCH_TOKENS,
+    MIXED_TOKENS,
+    NUM_SEQS,
+    PlanSettings,
+    ServeSettings,
+)
 from nitsum.cli.sources import did_you_mean
 from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
@@ -69,6 +75,9 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
         max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
+        max_mixed_tokens=settings.max_mixed_tokens
+        or settings.max_batch_tokens
+        or MIXED_TOKENS[settings.device],
         num_threads=settings.threads,
         tiers=tiers_of(settings),
         prefix_cache=settings.prefix_cache,

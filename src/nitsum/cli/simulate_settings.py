@@ -119,6 +119,9 @@ class SimulateSettings:
     )
     max_num_seqs: int = setting(whole_number(1), 256, "sequences one lane steps at once", "N")
     max_batch_tokens: int = setting(whole_number(1), 2048, "tokens one step may compute", "N")
+    max_mixed_tokens: int = setting(
+        whole_number(), 0, "tokens of a step that has decodes (default: of any step)", "N"
+    )
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the model's)", "N"
     )
@@ -167,6 +170,7 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
         machine=Machine.parse(settings.machine),
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
+        max_mixed_tokens=settings.max_mixed_tokens,
         max_model_len=settings.max_model_len,
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,

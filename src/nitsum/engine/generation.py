@@ -58,7 +58,7 @@ class Memory:
 
     @classmethod
     def fresh(cls, config: EngineConfig, cost: CostModel) -> Memory:
-        limits = LaneLimits(config.max_num_seqs, config.max_batch_tokens)
+        limits = LaneLimits(config.max_num_seqs, config.max_batch_tokens, config.mixed_tokens)
         return cls(cost, Estimator(cost, limits), ChainBook(config.chain_idle_s))
 
 

@@ -88,7 +88,7 @@ def new_controller(
         pages = arena.num_units // arena.page_units(Group(degree, 0))
         return float(pages * arena.block_tokens)
 
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, kv_tokens)
+    limits = Limits(config.max_num_seqs, config.mixed_tokens, kv_tokens)
     scorer = Scorer(StepTimes(cost, config.plans.degrees), limits)
     return Controller(config.plans, TierSet(config.tiers), scorer, cost, rules)
 

@@ -331,16 +331,16 @@ def _chunk_tokens(
 
 
 def _most_tokens(lane: LaneScheduler, step: Composed) -> int:
-    """Positions the step may compute; a part of them, but some of prompts, if it has decodes."""
-    most, num_decode = lane.limits.max_batch_tokens, step.decodes.num_decode
+    """Positions the step may compute; with decodes in it, fewer, but some of prompts."""
+    num_decode, most = step.decodes.num_decode, lane.limits.max_mixed_tokens
     if not num_decode:
-        return most
+        return lane.limits.max_batch_tokens
     return min(most, max(int(step.part * most), num_decode + _small_chunk(lane)))
 
 
 def _small_chunk(lane: LaneScheduler) -> int:
     """What a step may take on of prompts when it should not, and they must go on."""
-    return max(MIN_CHUNK, lane.limits.max_batch_tokens // 8)
+    return max(MIN_CHUNK, lane.limits.max_mixed_tokens // 8)
 
 
 def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:

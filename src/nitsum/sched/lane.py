@@ -81,7 +81,7 @@ class LaneScheduler:
         """Which levels have prompts with a slot that got nothing of the last step."""
         self.ahead_tokens = [0 for _ in self.levels]
         """Prompt tokens with a slot that are still to compute, of each level and those above it."""
-        self.step_takes_tokens = float(self.limits.max_batch_tokens)
+        self.step_takes_tokens = float(self.limits.max_mixed_tokens)
         """Prompt tokens a step takes on when there are enough: where more have slots already, what
         is late anyway gets none."""
         self.skipped: dict[Sequence, int] = {}
@@ -250,7 +250,7 @@ class LaneScheduler:
     def num_seats(self) -> int:
         """Decodes one step may contain. A switch can bring more sequences than there are slots:
         then they take turns, and one seat stays free for prompts."""
-        most = min(self.limits.max_num_seqs, self.limits.max_batch_tokens)
+        most = min(self.limits.max_num_seqs, self.limits.max_mixed_tokens)
         return max(1, most - (self.num_running > self.limits.max_num_seqs))
 
     def _take_turns(self, step: Composed) -> None:

@@ -11,3 +11,5 @@ class LaneLimits:
     """Sequences stepped at once."""
     max_batch_tokens: int
     """Tokens of one step."""
+    max_mixed_tokens: int
+    """Tokens of one step that has decodes, which its prompts keep waiting."""

@@ -220,7 +220,7 @@ class Promises:
 
     def _chunk_tokens(self) -> int:
         """Tokens of the chunk in each planned step; 0 if the lane cannot keep its period."""
-        most = self.limits.max_batch_tokens
+        most = self.limits.max_mixed_tokens
         if self.lane.role == "decode":
             return 0
         if self.period_s == inf:

@@ -38,6 +38,8 @@ class Site:
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
     max_num_seqs: int = 256
     max_batch_tokens: int = 2048
+    max_mixed_tokens: int = 0
+    """Of steps with decodes; 0: as of any step."""
     max_model_len: int = 0
     block_tokens: int = 16
     prefix_cache: bool = True
@@ -136,6 +138,7 @@ def _config(
         max_model_len=site.max_model_len or site.shape.max_positions,
         max_num_seqs=site.max_num_seqs,
         max_batch_tokens=site.max_batch_tokens,
+        max_mixed_tokens=site.max_mixed_tokens,
         tiers=site.tiers,
         prefix_cache=site.prefix_cache,
     )

@@ -379,3 +379,21 @@ def test_a_prompt_that_gives_its_room_back_leaves_the_wave_it_is_part_of():
     assert num_lost, "every prompt of the wave was begun"
     machine.drain()
     assert {machine.ended[name] for name in ids} == {"length"}
+
+
+def test_a_prompt_alone_gets_longer_steps_than_one_beside_decodes():
+    machine = one_rank(
+        num_blocks=4000, max_batch_tokens=256, max_mixed_tokens=64, max_num_seqs=16, policy="fcfs"
+    )
+    stream = machine.submit([1] * 4, max_tokens=40)
+    while machine.core.sequences[stream].num_output < 2:
+        machine.turn()
+    machine.submit([2] * 500, max_tokens=1)
+    machine.drain()
+    machine.submit([3] * 500, max_tokens=1)
+    machine.drain()
+    steps = [e for e in machine.log.events if isinstance(e, StepSent) and e.prefill_tokens > 4]
+    mixed = [e.num_decode + e.prefill_tokens for e in steps if e.num_decode]
+    alone = [e.prefill_tokens for e in steps if not e.num_decode]
+    assert max(mixed) == 64
+    assert max(alone) == 256

@@ -20,7 +20,7 @@ COST = FixedCost(0.005, 1e-4)
 
 
 def make_promises(max_num_seqs: int = 64, capacity_tokens: int = 100_000) -> Promises:
-    limits = LaneLimits(max_num_seqs, 512)
+    limits = LaneLimits(max_num_seqs, 512, 512)
     return Promises(LANE, DEFAULT_TIERS, COST, limits, capacity_tokens)
 
 
@@ -137,6 +137,6 @@ def test_what_is_over_no_longer_counts():
 
 
 def test_a_machine_that_is_too_slow_could_not_even_when_idle():
-    slow = Promises(LANE, DEFAULT_TIERS, FixedCost(0.2, 1e-3), LaneLimits(8, 512), 1000)
+    slow = Promises(LANE, DEFAULT_TIERS, FixedCost(0.2, 1e-3), LaneLimits(8, 512, 512), 1000)
     assert not slow.could(PRIORITY, 8, 20, 0.3)
     assert make_promises().could(PRIORITY, 8, 20, 0.3)
