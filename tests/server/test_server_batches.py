@@ -151,7 +151,8 @@ def test_lines_run_a_few_at_a_time(checkpoint: Path, tmp_path: Path, concurrency
             most = max(most, len(self._running))
             return super()._outputs(request)
 
-    bench = bench_of(checkpoint, tmp_path, Counting(), batch_concurrency=concurrency)
+    engine = Counting(delay_s=0.01)  # long enough for others to begin meanwhile
+    bench = bench_of(checkpoint, tmp_path, engine, batch_concurrency=concurrency)
 
     async def body(client: openai.AsyncOpenAI) -> None:
         many = [await submit(client, *[line(f"{i}") for i in range(12)]) for _ in range(2)]

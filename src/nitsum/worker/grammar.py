@@ -124,7 +124,7 @@ class GrammarMasks:
         masks = np.zeros((len(matchers), words), dtype=np.int32)
         if len(matchers) < 2 or self._num_threads == 1:
             for mask, matcher in zip(masks, matchers, strict=True):
-                mask[:] = np.frombuffer(matcher.compute_bitmask(), np.int32)
+                mask[:] = np.frombuffer(matcher.compute_bitmask(), np.int32)[:words]
             return masks
         places = [(matcher, place) for place, matcher in enumerate(matchers)]
         self._threads().unsafe_compute_mask_ptr(places, masks.ctypes.data, 4 * words, len(matchers))

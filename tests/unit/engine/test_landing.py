@@ -93,7 +93,7 @@ def test_no_gap_at_a_switch_is_longer_than_those_without(driver: Driver):
         run_until_switched(driver, plan)
         for _ in range(100):
             if driver.num_active < NUM_STREAMS + NUM_PROMPTS:
-                submit(driver, f"{plan}-{driver.clock.now()}", 1500, 4)
+                submit(driver, f"{plan}-{len(driver.answers)}", 1500, 4)
             driver.turn()
     recorder = driver.core.sink
     assert isinstance(recorder, Recorder)
@@ -143,7 +143,7 @@ def settle(driver: Driver) -> None:
     until_s = driver.clock.now() + 1.0
     while driver.clock.now() < until_s:
         if driver.num_active < NUM_STREAMS + NUM_PROMPTS:
-            submit(driver, f"calm-{driver.clock.now()}", 4000, 4)
+            submit(driver, f"calm-{len(driver.answers)}", 4000, 4)
         driver.turn()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from nitsum.request import SamplingParams
-from nitsum.worker.grammar import GrammarMasks
+from nitsum.worker.grammar import Answer, GrammarMasks
 from nitsum.worker.sampler import sample
 from nitsum.worker.slots import Draw
 from tests.server.server_kit import byte_level_bpe
@@ -146,3 +147,22 @@ def test_nothing_is_loaded_without_a_grammar(tmp_path: Path) -> None:
     masks = GrammarMasks(tmp_path / "no such folder")
     draw = Draw(SamplingParams(), torch.tensor(PROMPT, dtype=torch.int32), 3, None, 0)
     assert len(sample(torch.randn(1, VOCAB), [draw], masks).tokens) == 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_vocabularies_that_fill_their_last_word(
+    tokenizer: Tokenizer, tmp_path: Path, params: SamplingParams, num_threads: int
+) -> None:
+    """llguidance keeps a bit more than there are tokens."""
+    full = Tokenizer.from_str(tokenizer.to_str())
+    full.add_tokens([f"<extra{i}>" for i in range(-full.get_vocab_size() % 32)])
+    size = full.get_vocab_size()
+    assert size % 32 == 0
+    full.save(str(tmp_path / "tokenizer.json"))
+    masks = GrammarMasks(tmp_path, num_threads)
+    bits = np.zeros((2, size // 32), dtype=np.int32)
+    masks.fill(bits, [Answer(slot, params, []) for slot in range(2)])
+    brace = full.encode("{", add_special_tokens=False).ids[0]
+    for line in bits.view(np.uint32):
+        assert line[brace // 32] >> brace % 32 & 1
+        assert not line[size // 32 - 1] >> 31
