@@ -2,13 +2,16 @@
 
 import pytest
 
+from nitsum.cost.protocol import FixedCost
 from nitsum.errors import ConfigError
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets, TierRule
+from nitsum.plan import Lane
 from nitsum.sim.feed import Feed, block_hashes
 from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs
 from nitsum.sim.run import Options, simulate
 from nitsum.sim.source import read_source
+from nitsum.step import BatchShape
 from nitsum.workload.generate import generate
 from nitsum.workload.items import Segment, WorkItem
 from tests.sim.kit import item, small_system
@@ -110,6 +113,24 @@ def test_steps_of_an_engine_are_laid_beside_the_cost_model():
     for step in served.steps:
         step.seconds *= 2.0
     assert all(pair.error == pytest.approx(-0.5) for pair in step_pairs(served, system.cost))
+
+
+def test_steps_of_prompts_and_decodes_are_laid_beside_the_cost_model_to_the_token():
+    """Events hold one sum of contexts; what belongs to decodes follows from the answers."""
+    cost = _ByContext()
+    system = small_system("TP2", cost=cost, prefix_cache=False)
+    served = simulate(system, [item(f"r{i}", 0.05 * i, 64 + i, 16) for i in range(8)]).recorder
+    found = {pair.kind: pair for pair in step_pairs(served, cost)}
+    assert found["mixed"].num_steps > 3
+    assert all(abs(pair.error) < 1e-9 for pair in found.values())
+
+
+class _ByContext(FixedCost):
+    """A token of context costs a decode a hundred times what it costs a prompt."""
+
+    def step_time(self, lane: Lane, batch: BatchShape) -> float:
+        context_s = 1e-4 * batch.decode_context_tokens + 1e-6 * batch.prefill_context_tokens
+        return super().step_time(lane, batch) + context_s
 
 
 def test_words_become_workloads(tmp_path):

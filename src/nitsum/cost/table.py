@@ -138,9 +138,10 @@ class _Lookup:
     def __init__(self, entry: DegreeTable) -> None:
         self.entry = entry
         self.dense = entry.dense_s
-        last_row = self.dense[-1]
-        self.decode = _Axis(entry.decode_axis, [row[-1] for row in self.dense])
-        self.prefill = _Axis(entry.prefill_axis, last_row)
+        # The edges that were measured: a full step of prompts has no place for decodes beside it,
+        # so that corner of the grid is filled in, and flat.
+        self.decode = _Axis(entry.decode_axis, [row[0] for row in self.dense])
+        self.prefill = _Axis(entry.prefill_axis, self.dense[0])
 
     def seconds(self, batch: BatchShape) -> float:
         entry = self.entry

@@ -34,6 +34,7 @@ from nitsum.events import (
     WaveRolledBack,
 )
 from nitsum.plan import Group
+from nitsum.step import BatchShape
 
 Outcome = Literal["unfinished", "refused", "stop", "length", "abort", "error"]
 
@@ -119,8 +120,30 @@ class StepRecord:
     num_decode: int = 0
     prefill_tokens: int = 0
     context_tokens: int = 0
+    decode_context_tokens: int = 0
+    """The part of it that belongs to decodes."""
     predicted_s: float | None = None
     num_tokens_out: int = 0
+
+    @property
+    def shape(self) -> BatchShape:
+        """As the cost model sees it, the numbers of draws aside, which events do not tell.
+
+        Where a prompt is computed again after its room was taken, its answer's last token counts
+        as a decode: rare, and small.
+        """
+        context = min(self.decode_context_tokens, self.context_tokens)
+        if not self.num_decode:
+            context = 0
+        elif not self.prefill_tokens:
+            context = self.context_tokens
+        return BatchShape(
+            self.num_decode,
+            context,
+            self.prefill_tokens,
+            self.context_tokens - context,
+            self.num_decode + (self.prefill_tokens > 0),
+        )
 
 
 @dataclass(slots=True)
@@ -274,6 +297,8 @@ class Recorder:
         for request_id, num_tokens in event.tokens:
             record = requests.get(request_id)
             if record is not None:
+                if record.token_times:
+                    step.decode_context_tokens += record.num_prompt + len(record.token_times)
                 if num_tokens == 1:
                     record.token_times.append(at_s)
                 else:

@@ -10,7 +10,7 @@ from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
 from nitsum.metrics.goodput import arrival_window, judged, met
 from nitsum.metrics.percentiles import percentile
-from nitsum.metrics.records import Recorder, RequestRecord, StepRecord
+from nitsum.metrics.records import Recorder, RequestRecord
 from nitsum.metrics.targets import Target, Targets, own_target
 from nitsum.plan import Lane
 from nitsum.step import BatchShape
@@ -149,17 +149,12 @@ class StepPair(NamedTuple):
 
 
 def step_pairs(served: Recorder, cost: CostModel) -> list[StepPair]:
-    """Where the error comes from, if the events are the engine's: clients see no steps.
-
-    Steps with decodes and chunks together are left out; their two contexts are one sum in events.
-    """
+    """Where the error comes from, if the events are the engine's: clients see no steps."""
     found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for step in served.steps:
-        shape = _pure_shape(step)
-        if shape is not None:
-            kind = "prefill" if step.prefill_tokens else "decode"
-            predicted_s = cost.step_time(Lane(step.group), shape)
-            times = found.setdefault((step.group.degree, kind), [])
+        if step.sent_s is not None:
+            predicted_s = cost.step_time(Lane(step.group), step.shape)
+            times = found.setdefault((step.group.degree, _kind(step.shape)), [])
             times.append((step.seconds, predicted_s))
     return [
         StepPair(degree, kind, len(times), *(median(column) for column in zip(*times, strict=True)))
@@ -167,9 +162,7 @@ def step_pairs(served: Recorder, cost: CostModel) -> list[StepPair]:
     ]
 
 
-def _pure_shape(step: StepRecord) -> BatchShape | None:
-    if step.sent_s is None or bool(step.num_decode) == bool(step.prefill_tokens):
-        return None
-    if step.num_decode:
-        return BatchShape(step.num_decode, step.context_tokens, 0, 0, step.num_decode)
-    return BatchShape(0, 0, step.prefill_tokens, step.context_tokens, 1)
+def _kind(shape: BatchShape) -> str:
+    if not shape.prefill_tokens:
+        return "decode"
+    return "mixed" if shape.num_decode else "prefill"

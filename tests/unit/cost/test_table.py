@@ -154,8 +154,24 @@ def test_beyond_the_grid_the_last_slope_goes_on() -> None:
         return cost.step_time(LANE, BatchShape(decode, 0, prefill))
 
     assert (at(0, 0), at(10, 100), at(5, 50)) == pytest.approx((1.0, 3.5, 2.375))
-    assert at(20, 100) == pytest.approx(4.0)
-    assert at(10, 300) == pytest.approx(6.5)
+    assert at(20, 100) == pytest.approx(4.5)
+    assert at(10, 300) == pytest.approx(7.5)
+
+
+def test_beyond_the_largest_step_prompts_cost_what_they_did_where_they_were_measured() -> None:
+    """A full step of prompts has no place for decodes: beside them the last cells are filled in,
+    here as flat as isotonic filling makes them."""
+    entry = DegreeTable(
+        degree=1,
+        decode_axis=[0, 10],
+        prefill_axis=[0, 50, 100],
+        dense_s=[[1.0, 2.0, 3.0], [2.0, 3.0, 3.0]],
+        context_axis=[0],
+        context_s=[0.0],
+        prefill_context_s=0.0,
+    )
+    cost = TableCost(msgspec.structs.replace(table_of(_few_points()), degrees=[entry]))
+    assert cost.step_time(LANE, BatchShape(10, 0, 200)) == pytest.approx(3.0 + 2.0)
 
 
 def _few_points() -> list[StepPoint]:
