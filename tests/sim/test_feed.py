@@ -150,3 +150,16 @@ def test_words_become_workloads(tmp_path):
         read_source("nowhere.csv")
     with pytest.raises(ConfigError, match=r"azure_code"):
         list(generate(read_source("synthetic:unheard")))
+
+
+def test_latencies_count_from_the_arrival_before_the_front_door():
+    system = small_system("TP2", prefix_cache=False)
+    items = [item(f"r{i}", 4.0 * i, 64, 8) for i in range(2)]
+    plain, late = (
+        simulate(system, items, options=Options(front_door_s=delay_s)).recorder.requests
+        for delay_s in (0.0, 0.25)
+    )
+    for name, record in plain.items():
+        assert late[name].arrival_s == record.arrival_s
+        assert late[name].ttft_s == pytest.approx((record.ttft_s or 0.0) + 0.25)
+        assert late[name].tpot_s == pytest.approx(record.tpot_s)

@@ -1,11 +1,20 @@
 """`nitsum simulate` from the command line."""
 
 import json
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from nitsum.cli import main
 from nitsum.cli.simulate_settings import read_switches, weights
+from nitsum.cost.adjust import Scale, scaled
+from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.fit import fit_table, sample_points
+from nitsum.cost.machines import Machine
+from nitsum.cost.rates import LinearRate
+from nitsum.cost.shapes import shape_named
+from nitsum.cost.table import Provenance, load_table, save_table
 from nitsum.errors import ConfigError
 from nitsum.metrics.eventfile import read_events
 
@@ -68,6 +77,7 @@ def test_a_sweep_ends_in_ratios(tmp_path, capsys):
         (["--sweep", "1,2", "--events", "x"], "single run"),
         (["--sweep", "1,2", "--compare", "x"], "single run"),
         (["--compare", "missing.jsonl"], "Cannot open events"),
+        (["--save-cost", "x.json"], "--save-cost goes with --compare"),
         (["--against", "TP2"], "PLAN:POLICY"),
         (["--switch-at", "soon"], "SECONDS:PLAN"),
         (["--trace", "missing.csv"], "synthetic:LENGTHS"),
@@ -97,3 +107,27 @@ def test_weights_and_switches(tmp_path):
     ]
     with pytest.raises(ConfigError, match="TP8"):
         read_switches("TP8")
+
+
+def test_a_comparison_writes_the_table_that_the_served_steps_ask_for(tmp_path, capsys):
+    table, better, events = (str(tmp_path / name) for name in ("c.json", "b.json", "e.jsonl"))
+    cost = AnalyticCost(shape_named("Qwen2.5-0.5B"), Machine.parse("2xA100-80GB"))
+    points = sample_points(cost, (1, 2), num_decodes=(0, 1, 8, 64), chunks=(0, 64, 512))
+    nothing = Provenance(kind="measured", hardware="", versions={}, date="", command="")
+    rate = LinearRate(0.0, 1e9)
+    measured = fit_table(points, model="m", provenance=nothing, move=rate, offload=rate)
+    save_table(measured, Path(table))
+    same = [*BASE, *FEW, "--plan", "TP2"]
+    assert main([*same, "--cost", table, "--events", events]) == 0
+    twin = [*same, "--compare", events]
+    assert main([*twin, "--save-cost", better]) == 2
+    assert "give it with --cost" in capsys.readouterr().err
+    slow = msgspec.structs.replace(
+        measured, degrees=[scaled(entry, Scale(0.5, 2.0)) for entry in measured.degrees]
+    )
+    save_table(slow, Path(table))
+    assert main([*twin, "--cost", table, "--save-cost", better]) == 0
+    words, _, prompts = capsys.readouterr().err.rstrip(".\n").rpartition("x")
+    assert "TP2 decodes x2.000" in words
+    assert float(prompts) == pytest.approx(0.5, rel=0.01)
+    assert "Scaled to" in load_table(Path(better)).provenance.notes

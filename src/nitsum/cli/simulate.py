@@ -21,6 +21,8 @@ from nitsum.bench.provenance import summary
 from nitsum.cli.simulate_settings import SimulateSettings, build_site, build_systems, read_switches
 from nitsum.cli.sources import add_flags, settings_or_error
 from nitsum.cli.twin import NO_STEPS, pair_table, step_table
+from nitsum.cost.adjust import adjusted
+from nitsum.cost.table import load_table, save_table
 from nitsum.errors import ConfigError
 from nitsum.metrics.eventfile import EventFile, read_events
 from nitsum.metrics.figures import figures
@@ -29,7 +31,7 @@ from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import build_report, print_report
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.sim.page import save_page
-from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs
+from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs, step_points
 from nitsum.sim.run import Options, SimResult, simulate
 from nitsum.sim.run import Progress as OnProgress
 from nitsum.sim.source import read_source
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     systems = build_systems(settings, site)
     if settings.compare:
         return _run_twin(settings, systems, targets)
+    if settings.save_cost:
+        raise ConfigError("--save-cost goes with --compare: it needs steps that were served.")
     assert targets is not None  # only a twin may have none
     if settings.save_targets:
         save_targets(targets, Path(settings.save_targets))
@@ -75,6 +79,7 @@ def _mix(settings: SimulateSettings) -> MixSpec:
 def _options(settings: SimulateSettings) -> Options:
     return Options(
         host_latency_s=settings.host_latency,
+        front_door_s=settings.front_door,
         noise=settings.noise,
         seed=settings.seed,
         drain_s=settings.drain,
@@ -98,6 +103,8 @@ def _run_twin(settings: SimulateSettings, systems: list[System], targets: Target
             "--save-targets."
         )
     served = Recorder(read_events(Path(settings.compare)))
+    if settings.save_cost:
+        _save_adjusted(settings, served)
     result = _simulated(settings, systems[0], items_of(served), targets)
     pairs = compare(served, result.recorder, targets=targets, warmup_s=settings.warmup)
     if not pairs:
@@ -109,6 +116,25 @@ def _run_twin(settings: SimulateSettings, systems: list[System], targets: Target
         steps = step_pairs(served, result.system.cost)
         console.print(step_table(steps) if steps else NO_STEPS)
     return 0
+
+
+def _save_adjusted(settings: SimulateSettings, served: Recorder) -> None:
+    """The table that was simulated with, as the engine's steps say it should be."""
+    if not settings.cost:
+        raise ConfigError("--save-cost scales a measured table: give it with --cost.")
+    points = list(step_points(served))
+    if not points:
+        raise ConfigError(f"--save-cost: {NO_STEPS}")
+    table, scales = adjusted(load_table(Path(settings.cost)), points)
+    words = "; ".join(
+        f"TP{degree} decodes x{scale.decode:.3f}, prompts x{scale.prompt:.3f}"
+        for degree, scale in scales.items()
+    )
+    note = f"Scaled to {len(points)} served steps: {words}."
+    notes = " ".join(filter(None, (table.provenance.notes, note)))
+    provenance = msgspec.structs.replace(table.provenance, notes=notes)
+    save_table(msgspec.structs.replace(table, provenance=provenance), Path(settings.save_cost))
+    print(note, file=sys.stderr)
 
 
 def _simulated(

@@ -140,6 +140,9 @@ class SimulateSettings:
     host_latency: float = setting(
         seconds, 0.0002, "from a step's end to its tokens in the engine, seconds", "SECONDS"
     )
+    front_door: float = setting(
+        seconds, 0.0, "from a request's arrival to the engine, seconds", "SECONDS"
+    )
     noise: float = setting(seconds, 0.0, "steps last up to this share more or less", "SHARE")
     warmup: float = setting(seconds, 0.0, "arrivals of the first seconds are not judged", "SECONDS")
     drain: float = setting(
@@ -151,6 +154,9 @@ class SimulateSettings:
     events: str = setting(text, "", "write every event, one JSON object a line", "FILE")
     compare: str = setting(
         text, "", "events of a served run: simulate its arrivals, print the errors", "FILE"
+    )
+    save_cost: str = setting(
+        text, "", "with --compare: write the --cost table scaled to the steps served", "FILE"
     )
 
 

@@ -147,7 +147,7 @@ class _Fit:
     def _with_errors(self, entry: DegreeTable) -> DegreeTable:
         errors = relative_errors(TableCost(_bare_table([entry])), self.points)
         return msgspec.structs.replace(
-            entry, median_error=statistics.median(errors), p90_error=_p90(errors)
+            entry, median_error=statistics.median(errors), p90_error=p90(errors)
         )
 
 
@@ -169,7 +169,8 @@ def non_negative_least_squares(
     return prices
 
 
-def _p90(values: list[float]) -> float:
+def p90(values: list[float]) -> float:
+    """Of at least one value."""
     return statistics.quantiles(values, n=10, method="inclusive")[-1] if values[1:] else values[0]
 
 
@@ -195,7 +196,7 @@ def isotonic_grid(
         grid = [isotonic(row, w) for row, w in zip(grid, weights, strict=True)]
         columns = zip(_transposed(grid), _transposed(weights), strict=True)
         grid = _transposed([isotonic(column, w) for column, w in columns])
-    return _running_maximum(grid)
+    return running_maximum(grid)
 
 
 def _filled(
@@ -217,7 +218,8 @@ def _transposed(grid: Grid) -> Grid:
     return [list(column) for column in zip(*grid, strict=True)]
 
 
-def _running_maximum(grid: Grid) -> Grid:
+def running_maximum(grid: Grid) -> Grid:
+    """Each cell at least as large as those before it in its row and column, and as 0."""
     result = [[max(0.0, value) for value in row] for row in grid]
     for i, row in enumerate(result):
         for j in range(len(row)):

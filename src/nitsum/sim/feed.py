@@ -25,11 +25,17 @@ class Feed:
     """What arrives when: the workload's own items, and the later calls of their chains."""
 
     def __init__(
-        self, items: Iterable[WorkItem], block_tokens: int, targets: Targets | None
+        self,
+        items: Iterable[WorkItem],
+        block_tokens: int,
+        targets: Targets | None,
+        front_door_s: float = 0.0,
     ) -> None:
         self.block_tokens = block_tokens
         self.targets = targets
         """What requests are held to; without any, their tiers say."""
+        self.front_door_s = front_door_s
+        """From an arrival, from where latencies count, to the engine that hears of it."""
         self.num_submitted = 0
         self.last_arrival_s = 0.0
         self._items: Iterator[WorkItem] = iter(items)
@@ -41,12 +47,12 @@ class Feed:
 
     @property
     def next_s(self) -> float:
-        """When the next request arrives; infinite when only answers can bring one."""
+        """When the engine hears of the next request; infinite when only answers can bring one."""
         own = self._next.at_s if self._next is not None else INFINITY
-        return min(own, self._later[0][0]) if self._later else own
+        return (min(own, self._later[0][0]) if self._later else own) + self.front_door_s
 
     def due(self, now: float) -> Iterator[tuple[WorkItem, Request]]:
-        """Items that have arrived by `now`, in order of time."""
+        """Items that the engine has heard of by `now`, in order of time."""
         while self.next_s <= now:
             item, known = self._pop()
             self.num_submitted += 1

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
+from nitsum.cost.fit import StepPoint
 from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
 from nitsum.metrics.goodput import arrival_window, judged, met
@@ -166,3 +167,18 @@ def _kind(shape: BatchShape) -> str:
     if not shape.prefill_tokens:
         return "decode"
     return "mixed" if shape.num_decode else "prefill"
+
+
+def step_points(served: Recorder) -> Iterator[StepPoint]:
+    """The steps of an engine as measured points; steps a client cannot see are not there."""
+    for step in served.steps:
+        shape = step.shape
+        if step.sent_s is not None and shape.num_tokens and step.seconds > 0.0:
+            yield StepPoint(
+                degree=step.group.degree,
+                num_decode=shape.num_decode,
+                decode_context_tokens=shape.decode_context_tokens,
+                prefill_tokens=shape.prefill_tokens,
+                prefill_context_tokens=shape.prefill_context_tokens,
+                seconds=step.seconds,
+            )

@@ -48,6 +48,8 @@ class Options:
     """How a run is run; none of it says what is served."""
 
     host_latency_s: float = HOST_LATENCY_S
+    front_door_s: float = 0.0
+    """From a request's arrival to the engine: tokenizing, and a message between processes."""
     noise: float = 0.0
     seed: int = 0
     """Of the noise."""
@@ -124,7 +126,7 @@ class Simulation:
             controller=controller_of(system) if system.steers else None,
             cost=system.cost,
         )
-        self.feed = Feed(items, system.arena.block_tokens, targets)
+        self.feed = Feed(items, system.arena.block_tokens, targets, self.options.front_door_s)
         self.result = SimResult(system, self.recorder)
         self._switches = sorted(self.options.switches)
         self._num_switches = 0
