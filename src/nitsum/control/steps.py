@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import frexp
 
+from nitsum.cost.correct import factor_of
 from nitsum.cost.protocol import CostModel
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
@@ -23,7 +24,7 @@ class StepTimes:
     def __init__(self, cost: CostModel, degrees: Iterable[int]) -> None:
         self.cost = cost
         self.factors: dict[int, float] = {}
-        """Realised over predicted step times, by degree; 1 where nothing was learnt."""
+        """Realised over predicted step times, by degree; see `factor_of` for the others."""
         self._degrees = {degree: _Grid(cost, degree) for degree in degrees}
 
     @property
@@ -37,11 +38,11 @@ class StepTimes:
         grid = self._degrees[degree]
         dense_s = grid.dense(num_decode, prefill)
         context_s = decode_context * grid.decode_price_s + prefill * before * grid.prefill_price_s
-        return (dense_s + context_s) * self.factors.get(degree, 1.0)
+        return (dense_s + context_s) * factor_of(self.factors, degree)
 
     def decode_s(self, degree: int) -> float:
         """One sequence of ordinary length."""
-        return self._degrees[degree].alone_s * self.factors.get(degree, 1.0)
+        return self._degrees[degree].alone_s * factor_of(self.factors, degree)
 
     def prefill_s(self, degree: int, prompt_tokens: float, max_batch_tokens: int) -> float:
         """A lone prompt, in chunks."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nitsum.cost.protocol import CostModel
 from nitsum.plan import Lane
 from nitsum.step import BatchShape
 
 _LEAST, _MOST = 0.25, 4.0
 """A factor outside these bounds would say that the table is of another machine."""
+
+
+def factor_of(factors: Mapping[int, float], degree: int) -> float:
+    """What is known of the degree, or of the others: where a table is wrong it is mostly the
+    machine, and a layout must not seem better or worse for never having been in force."""
+    factor = factors.get(degree)
+    if factor is not None:
+        return factor
+    return sum(factors.values()) / len(factors) if factors else 1.0
 
 
 class CorrectedCost:
@@ -25,7 +36,7 @@ class CorrectedCost:
         self.factors: dict[int, float] = {}
 
     def step_time(self, lane: Lane, batch: BatchShape) -> float:
-        return self._base_time(lane, batch) * self.factors.get(lane.group.degree, 1.0)
+        return self._base_time(lane, batch) * factor_of(self.factors, lane.group.degree)
 
     def move_time(self, num_bytes: int) -> float:
         return self.base.move_time(num_bytes)
@@ -37,5 +48,5 @@ class CorrectedCost:
         """Take note that a step of `batch` took `seconds`."""
         ratio = seconds / self.base.step_time(lane, batch)
         ratio = min(max(ratio, _LEAST), _MOST)
-        factor = self.factors.get(lane.degree, 1.0)
+        factor = factor_of(self.factors, lane.degree)
         self.factors[lane.degree] = factor + self.weight * (ratio - factor)

@@ -57,6 +57,16 @@ def test_a_correction_stretches_steps():
     assert steps.seconds(1, 4, 0, 0, 0) == pytest.approx(1.5 * before_s)
 
 
+def test_a_degree_that_never_ran_is_corrected_like_those_that_did():
+    """Else a layout in force is judged by the machine and the others by a table that is wrong."""
+    steps = StepTimes(FixedCost(), [1, 2, 4])
+    before_s, alone_s = steps.seconds(4, 4, 0, 0, 0), steps.decode_s(4)
+    steps.factors = {1: 0.6, 2: 0.8}
+    assert steps.seconds(4, 4, 0, 0, 0) == pytest.approx(0.7 * before_s)
+    assert steps.decode_s(4) == pytest.approx(0.7 * alone_s)
+    assert steps.seconds(1, 4, 0, 0, 0) == pytest.approx(0.6 * before_s)
+
+
 @pytest.mark.parametrize("plan", default_plans(8).plans, ids=lambda plan: plan.name)
 def test_no_plan_serves_more_than_arrives_in_time(plan: Plan):
     for rate in (0.1, 1.0, 10.0, 100.0, 1000.0):
