@@ -31,7 +31,7 @@ from nitsum.control.planner import (
 )
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
-from nitsum.cost.table import TableCost
+from nitsum.cost.shipped import chosen_cost
 from nitsum.errors import ConfigError
 from nitsum.metrics.targets import Targets, default_targets, load_targets
 from nitsum.tier import Tier, TierSet
@@ -47,7 +47,13 @@ MAX_ROWS = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a known shape such as Llama-3.1-70B, or a checkpoint folder")
     parser.add_argument("--machine", default="8xH100-80GB", help="GPUs (default: 8xH100-80GB)")
-    parser.add_argument("--cost", metavar="FILE", help="measured steps (default: analytic)")
+    parser.add_argument(
+        "--cost",
+        metavar="FILE",
+        default="",
+        help="measured steps, or `analytic` (default: those that come with Nitsum for this machine "
+        "and shape; without, analytic)",
+    )
     parser.add_argument("--workload", metavar="MIX", required=True, help="a mix: name or YAML file")
     parser.add_argument("--rate", type=float, default=1.0, help="multiplies the mix's rates")
     parser.add_argument(
@@ -86,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _site(args: argparse.Namespace) -> Site:
+    shape, machine = shape_named(args.model), Machine.parse(args.machine)
     return Site(
-        shape=shape_named(args.model),
-        machine=Machine.parse(args.machine),
-        cost=TableCost.load(Path(args.cost)) if args.cost else None,
+        shape=shape,
+        machine=machine,
+        cost=chosen_cost(args.cost, shape, machine, "bfloat16"),
         max_num_seqs=args.max_num_seqs,
         max_batch_tokens=args.max_batch_tokens,
         min_lane_tokens=args.longest_request,

@@ -20,7 +20,7 @@ from nitsum.cli.readers import (
 from nitsum.cli.sources import setting
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
-from nitsum.cost.table import TableCost
+from nitsum.cost.shipped import chosen_cost
 from nitsum.errors import ConfigError
 from nitsum.metrics.targets import Targets, held_to
 from nitsum.plan import PlanSet, read_plans
@@ -136,7 +136,13 @@ class SimulateSettings:
     host_kv_memory: int = setting(
         size_bytes, 0, "host memory of one rank for KV of displaced requests", "SIZE"
     )
-    cost: str = setting(text, "", "a measured cost table (default: the analytic model)", "FILE")
+    cost: str = setting(
+        text,
+        "",
+        "a measured cost table, or `analytic` (default: the table that comes with Nitsum for this "
+        "machine and shape; without one, analytic)",
+        "FILE",
+    )
     host_latency: float = setting(
         seconds, 0.0002, "from a step's end to its tokens in the engine, seconds", "SECONDS"
     )
@@ -170,10 +176,11 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
     """
     if not settings.model:
         raise ConfigError("--model: name a shape such as Llama-3.1-70B, or a checkpoint folder.")
+    shape, machine = shape_named(settings.model), Machine.parse(settings.machine)
     site = Site(
         model=settings.model,
-        shape=shape_named(settings.model),
-        machine=Machine.parse(settings.machine),
+        shape=shape,
+        machine=machine,
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         max_mixed_tokens=settings.max_mixed_tokens,
@@ -183,7 +190,7 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
         dtype=settings.dtype,
         kv_bytes=settings.kv_memory,
         host_kv_bytes=settings.host_kv_memory,
-        cost=TableCost.load(Path(settings.cost)) if settings.cost else None,
+        cost=chosen_cost(settings.cost, shape, machine, settings.dtype),
     )
     if targets is None and settings.compare:
         return site, None

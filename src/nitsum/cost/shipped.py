@@ -1,0 +1,53 @@
+"""Step times that come with the package: of machines and shapes that somebody measured.
+
+One file each, `data/steps_MACHINE_SHAPE.json`, named as `Machine` and `SHAPES` name them. They are
+of bfloat16 weights and of every degree the machine has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+
+from nitsum.cost.machines import Machine
+from nitsum.cost.shapes import SHAPES
+from nitsum.cost.table import CostTable, TableCost
+from nitsum.shape import ModelShape
+
+
+def shipped_cost(shape: ModelShape, machine: Machine, dtype: str) -> TableCost | None:
+    """The measured table of exactly this machine and this much work, if there is one."""
+    if dtype != "bfloat16":
+        return None
+    for name, known in SHAPES.items():
+        path = files("nitsum.cost") / "data" / f"steps_{machine}_{name}.json"
+        if _work(known) == _work(shape) and path.is_file():
+            return TableCost(msgspec.json.decode(path.read_bytes(), type=CostTable))
+    return None
+
+
+def chosen_cost(words: str, shape: ModelShape, machine: Machine, dtype: str) -> TableCost | None:
+    """What a user asked for: a file, `analytic`, or nothing in particular.
+
+    None is the analytic model. Raises `ConfigError` for a file that cannot be read.
+    """
+    if words == "analytic":
+        return None
+    return TableCost.load(Path(words)) if words else shipped_cost(shape, machine, dtype)
+
+
+def _work(shape: ModelShape) -> ModelShape:
+    """The shape without what changes no step's time."""
+    plain = SHAPES["Llama-3.1-8B"]
+    return replace(
+        shape,
+        family=plain.family,
+        max_positions=plain.max_positions,
+        rms_eps=plain.rms_eps,
+        rope=plain.rope,
+        eos_token_ids=(),
+        bos_token_id=None,
+    )
