@@ -5,8 +5,9 @@
     python -m benchmarks.live_flip static   --out FOLDER    # TP2, then 2xTP1, one server
     python -m benchmarks.live_flip adaptive --out FOLDER    # the same load with the controller
 
-in this order; what a part writes, the next ones read from FOLDER, so it may go from one machine to
-another in between. The 8B shape with random weights on two GPUs, `benchmarks/workloads/
+in this order; what a part writes, the next ones read from FOLDER, so it may go to a machine without
+GPUs and back. Profile and serve on one machine: two of a kind differed by half in steps with
+prompts. The 8B shape with random weights on two GPUs, `benchmarks/workloads/
 live_flip.yaml`. `static` and `adaptive` print served beside simulated latencies and goodput
 (`nitsum simulate --compare`, of the client's events and of the engine's) and, for the controller,
 what it predicted beside what came (`nitsum explain`). On a CPU: `--device cpu --model CHECKPOINT`.
@@ -23,14 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from msgspec.structs import replace
 
 from benchmarks.gpu_serve import wait_for_url, write_model
-from nitsum.metrics.targets import load_targets, save_targets
+from nitsum.metrics.targets import TierRule, load_targets, save_targets
 
 LOAD = Path(__file__).parent / "workloads" / "live_flip.yaml"
 PLANS = "TP2,2xTP1"
 WARMUP_S = 10
-RATES = (1.0, 1.3, 1.6)
+RATES = (0.95, 1.0, 1.05)
+HOST = ["--front-door", "0.002", "--host-latency", "0.0014"]
+"""Medians of what 2x H100 served: to the engine, and from a step's end to its tokens there."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Run:
     load: Path
     rate: float
     factor: float
+    pace: float
+    deadline: float
     slots: int
     step_tokens: int
     kv: str
@@ -68,12 +74,12 @@ class Run:
         )
         return [
             "simulate", "--model", self.model, "--machine", machine, "--dtype", dtype, *self.sizes,
-            *self.cost, "--warmup", str(WARMUP_S), "--small-samples",
+            *self.cost, *HOST, "--warmup", str(WARMUP_S), "--small-samples",
         ]  # fmt: skip
 
     @property
     def cost(self) -> list[str]:
-        """What `profile` measured; before it, the analytic model."""
+        """What `profile` measured; before it, the table that comes with Nitsum."""
         table = self.out / "cost.json"
         return ["--cost", str(table)] if table.is_file() else []
 
@@ -82,22 +88,30 @@ class Run:
 
 
 def profile(run: Run) -> None:
-    """The cost table, and from it the targets: the usual rule, first tokens `factor` times."""
+    """The cost table, and from it the targets."""
     nitsum(["profile", *run.served, "--plans", PLANS, "-o", run.file("cost.json")])
     fix_targets(run)
 
 
 def fix_targets(run: Run) -> None:
+    """The usual rule with first tokens `factor` times and a time per token of priority `pace` times
+    as long; the bulk has a deadline for whole answers instead."""
     path = run.out / "targets.json"
     quick = ["--plan", "TP2", "--trace", f"mix:{run.load}", "--duration", "1"]
     nitsum([*run.simulated, *quick, "--save-targets", str(path), "--json"], run.out / "lone.json")
-    save_targets(load_targets(path).with_k(run.factor), path)
+    targets = load_targets(path).with_k(run.factor)
+    urgent = targets.tiers["priority"]
+    assert urgent.tpot_s is not None
+    tiers = dict(targets.tiers)
+    tiers["priority"] = replace(urgent, tpot_s=run.pace * urgent.tpot_s)
+    tiers["default"] = TierRule(deadline_s=run.deadline)
+    save_targets(replace(targets, tiers=tiers), path)
 
 
 def foresee(run: Run) -> None:
     """Goodput of both layouts and of ours, by rate: where a change pays, and by how much.
 
-    Before `profile`, by the analytic model; `profile` fixes the targets anew.
+    Before `profile`, by the table that comes with Nitsum; `profile` fixes the targets anew.
     """
     if not (run.out / "targets.json").is_file():
         fix_targets(run)
@@ -202,8 +216,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="", help="a checkpoint (default: the 8B shape)")
     parser.add_argument("--load", type=Path, default=LOAD)
-    parser.add_argument("--rate", type=float, default=1.3, help="multiplies the load's rates")
+    parser.add_argument("--rate", type=float, default=1.0, help="multiplies the load's rates")
     parser.add_argument("--factor", type=float, default=1.0, help="of times to the first token")
+    parser.add_argument("--pace", type=float, default=0.6, help="of priority's time per token")
+    parser.add_argument("--deadline", type=float, default=3.0, help="of bulk answers, seconds")
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--kv", default="40GiB", help="KV arena of one rank")
