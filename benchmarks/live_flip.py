@@ -6,8 +6,8 @@
     python -m benchmarks.live_flip adaptive --out FOLDER    # the same load with the controller
 
 in this order; what a part writes, the next ones read from FOLDER, so it may go to a machine without
-GPUs and back. Profile and serve on one machine: two of a kind differed by half in steps with
-prompts. The 8B shape with random weights on two GPUs, `benchmarks/workloads/
+GPUs and back. Profile and serve on one machine: on two of a kind, prompts once took half as
+long again. The 8B shape with random weights on two GPUs, `benchmarks/workloads/
 live_flip.yaml`. `static` and `adaptive` print served beside simulated latencies and goodput
 (`nitsum simulate --compare`, of the client's events and of the engine's) and, for the controller,
 what it predicted beside what came (`nitsum explain`). On a CPU: `--device cpu --model CHECKPOINT`.

@@ -1,6 +1,6 @@
 """A measured table brought to the machine that serves: two factors a degree.
 
-Two machines of one kind read memory alike and may multiply at different clocks. So what a step
+Machines of one kind read memory alike and may multiply at different clocks. So what a step
 takes for its decodes and what its prompts add are scaled apart, each by one factor, found by least
 squares of relative errors over the steps an engine took. More would fit the load of one run.
 """
