@@ -62,7 +62,7 @@ def test_a_forced_tool_call(served, streamed):
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_an_answer_that_keeps_to_a_schema(served, method):
-    asked = model(served, max_tokens=60).with_structured_output(River, method=method)
+    asked = model(served, max_tokens=60, temperature=0).with_structured_output(River, method=method)
     assert isinstance(asked.invoke("Name a river."), River)
 
 

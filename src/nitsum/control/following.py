@@ -50,18 +50,30 @@ class Following:
 
     def _follow_from(self, src: Group, num_blocks: int) -> bool:
         """One portion, shared out among the lanes: each rank's copies slow its steps down."""
-        lanes = [lane.group for lane in self.plan.lanes if lane.group.overlaps(src)]
+        lanes = [group for group in self._lanes_over(src) if self._room(src, group)]
         portions: dict[Group, list[Block]] = {group: [] for group in lanes}
-        for block in self.lanes.kv.prefixes.newest(src, num_blocks):
+        for block in self.lanes.kv.prefixes.newest(src, num_blocks) if lanes else ():
             portions[lanes[block.root % len(lanes)]].append(block)
         sent = [self._send(src, dst, blocks) for dst, blocks in portions.items()]
         return any(sent)
 
+    def _lanes_over(self, src: Group) -> list[Group]:
+        """Where requests may find them again: new ones never come to decode lanes."""
+        return [
+            lane.group
+            for lane in self.plan.lanes
+            if lane.group.overlaps(src) and lane.role != "decode"
+        ]
+
+    def _room(self, src: Group, dst: Group) -> int:
+        """Blocks that may be sent there now."""
+        kv = self.lanes.kv
+        return min(self.courier.room(dst, kv.arena.page_units(dst)), free_copies(kv, src, dst))
+
     def _send(self, src: Group, dst: Group, blocks: list[Block]) -> bool:
         """As many of them as there is room for; those that are there already make way."""
         kv = self.lanes.kv
-        room = self.courier.room(dst, kv.arena.page_units(dst))
-        blocks = blocks[: min(room, free_copies(kv, src, dst))]
+        blocks = blocks[: self._room(src, dst)]
         known = kv.prefixes.in_layout(dst)
         for block in blocks:
             if block.hash in known:

@@ -65,8 +65,12 @@ class LaneTable(FillingLanes, Protocol):
         """What waits there without KV is routed anew: the lane takes no prompts any more."""
         ...
 
-    def settle(self, *, is_done: bool) -> None:
-        """Until it is done, nobody new gets KV that is not free: the sources are about to be."""
+    def begin_settling(self, draining: list[Group]) -> None:
+        """Nobody new gets KV on these ranks that is not free: the sources are about to be."""
+        ...
+
+    def end_settling(self) -> None:
+        """The sources are gone."""
         ...
 
     def close_lane(self, group: Group) -> bool:
@@ -171,7 +175,7 @@ class Switcher:
             self._record(switch, switch.wave)
             switch.wave = None
         if switch.wave is None and not self.courier.is_leaving:
-            self.lanes.settle(is_done=True)
+            self.lanes.end_settling()
         if switch.filling is not None:
             self._fill(switch, switch.filling)
         elif self.lanes.has_hand_overs or not self.lanes.has_ended(switch.last_sent):
@@ -225,8 +229,7 @@ class Switcher:
 
     def step_part(self, now: float) -> float:
         """Part of its tokens that a step with decodes may compute."""
-        is_settled = self.current is None and now >= self.short_until_s
-        return 1.0 if is_settled else STEP_PART
+        return 1.0 if self.is_waiting and now >= self.short_until_s else STEP_PART
 
     def plan_of(self, group: Group | None) -> Plan:
         """The plan whose lane it is: during a switch, lanes being emptied are the old plan's."""
@@ -340,7 +343,7 @@ class Switcher:
         self._open(switch)
         wave.cut_over()
         switch.wave = wave
-        self.lanes.settle(is_done=False)
+        self.lanes.begin_settling(self.draining)
         if not wave.totals.moved:
             switch.failed_at = self.lanes.num_departures
 
@@ -351,6 +354,8 @@ class Switcher:
         that is over. Each turn sends a portion."""
         if self._sequences():
             return False
+        if switch.following is None and self.courier.is_leaving:
+            return True  # newcomers wait for the room that the sources leave, not for this
         if switch.following is None:
             switch.following = self._begin_following(switch)
         following = switch.following
@@ -386,7 +391,7 @@ class Switcher:
     def _end(self, switch: Switch, *, ok: bool, message: str) -> list[SwitchReport]:
         now = self.lanes.now()
         self.current = None
-        self.lanes.settle(is_done=True)
+        self.lanes.end_settling()
         self.short_until_s = now + SHORT_S
         report = switch.report(now, ok=ok, message=message)
         self.lanes.emit(ended(report, now))

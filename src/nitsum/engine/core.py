@@ -32,6 +32,7 @@ from nitsum.engine.status import status_of
 from nitsum.engine.steering import Steering
 from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied
 from nitsum.events import BothSinks, EventSink, GenerationStarted, Refused, Started
+from nitsum.garbage import collect_now
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
 from nitsum.messages import FromEngine, FromWorker, MoveDone, Status, StepDone, SwitchReport
@@ -164,11 +165,11 @@ class Core:
             if self.controller is not None:
                 self.controller.tick(self._steering)
             self._expire()
-            is_landing = self.generation.landing.is_aiming
-            if is_landing:
-                self._switch()  # the cut over comes before a next step
-            self._dispatch()
-            if not is_landing and self._switch():
+            is_landing, was_moving = self.generation.landing.is_aiming, self.generation.is_moving
+            if not is_landing:  # else the cut over comes before a next step
+                self._dispatch()
+            self._switch()
+            if is_landing or was_moving or self.generation.is_moving:
                 self._dispatch()
         except WorkerDied as death:
             self._restart(death)
@@ -207,12 +208,10 @@ class Core:
         self.committer.withdraw(self.generation, sequence)
         self._refuse(sequence.request, queue_timeout(self.tiers[sequence.tier]), sequence.tier)
 
-    def _switch(self) -> bool:
-        """A portion of the plan change under way, if there is one; True if lanes changed by it."""
-        epoch = self.generation.switcher.epoch
+    def _switch(self) -> None:
+        """A portion of the plan change under way, and of hand-overs."""
         for report in self.generation.advance_moves():
             self.outbox.report(report)
-        return self.generation.switcher.epoch != epoch
 
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
@@ -318,6 +317,7 @@ class Core:
         for report in old.switcher.abandon(f"{death} The workers start anew in this plan."):
             self.outbox.report(report)
         self._start_workers()
+        collect_now()
         self.generation = self._new_generation(old.switcher.plan.name)
         self.generation_number += 1
         for sequence in self.sequences.values():

@@ -346,9 +346,13 @@ class Generation:
         for sequence in self.loops[group].scheduler.take_waiting():
             self.route(sequence)
 
-    def settle(self, *, is_done: bool) -> None:
+    def begin_settling(self, draining: list[Group]) -> None:
+        for group, loop in self.loops.items():
+            loop.scheduler.is_settling = any(group.overlaps(other) for other in draining)
+
+    def end_settling(self) -> None:
         for loop in self.loops.values():
-            loop.scheduler.is_settling = not is_done
+            loop.scheduler.is_settling = False
 
     def close_lane(self, group: Group) -> bool:
         loop = self.loops.get(group)
@@ -371,7 +375,7 @@ class Generation:
     @property
     def send_ahead_s(self) -> float:
         """How early a rank gets its next step: at once while turns do a switch's work, too."""
-        is_filling = self.switcher.current is not None and not self.landing.is_aiming
+        is_filling = not self.switcher.is_waiting and not self.landing.is_aiming
         return inf if is_filling else SEND_AHEAD_S
 
     def next_send_s(self, now: float) -> float:

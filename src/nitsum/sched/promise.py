@@ -220,7 +220,8 @@ class Promises:
 
     def _chunk_tokens(self) -> int:
         """Tokens of the chunk in each planned step; 0 if the lane cannot keep its period."""
-        most = self.limits.max_mixed_tokens
+        is_mixed = self.lane.role != "prefill"
+        most = self.limits.max_mixed_tokens if is_mixed else self.limits.max_batch_tokens
         if self.lane.role == "decode":
             return 0
         if self.period_s == inf:

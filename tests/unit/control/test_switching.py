@@ -5,7 +5,7 @@ import pytest
 from nitsum.events import StepSent, WaveCommitted
 from nitsum.kv.prefix import hash_prompt
 from nitsum.kv.transfer import Transfer
-from nitsum.plan import Group
+from nitsum.plan import Group, PlanSet, parse_plan
 from tests.unit.engine.machine import Machine
 
 WIDE = Group(2, 0)
@@ -165,3 +165,58 @@ def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole():
     ]
     assert all(min(matches) == 0 for matches in found)
     assert {matches.index(max(matches)) for matches in found if any(matches)} == {0, 1}
+
+
+def test_newcomers_wait_for_sources_to_go_not_for_cached_prefixes_to_follow():
+    machine = busy()
+    for i in range(12):
+        machine.submit([100 + i] * 20, max_tokens=2)
+    for _ in range(40):
+        machine.turn()
+    machine.switch("TP2")
+    generation = machine.core.generation
+    was_settling = followed = False
+    while (switch := generation.switcher.current) is not None:
+        settling = any(loop.scheduler.is_settling for loop in generation.loops.values())
+        was_settling |= settling
+        if switch.following is not None and not switch.following.is_over:
+            followed = True
+            assert not settling
+        machine.turn()
+    assert was_settling
+    assert followed
+    assert not any(loop.scheduler.is_settling for loop in generation.loops.values())
+    machine.drain()
+
+
+def test_lanes_of_both_plans_go_on_admitting():
+    names = ("TP2+2xTP1", "2xTP2")
+    plans = PlanSet(4, tuple(parse_plan(name, 4) for name in names), names[0])
+    machine = Machine(4, num_blocks=200, plans=plans, max_num_seqs=16, max_batch_tokens=64)
+    for i in range(9):
+        machine.submit([i] * (9 + i), max_tokens=90)
+    while any(sequence.num_output < 2 for sequence in machine.core.sequences.values()):
+        machine.turn()
+    machine.switch("2xTP2")
+    loops = machine.core.generation.loops
+    settled: set[Group] = set()
+    while machine.core.generation.switcher.current is not None:
+        settled |= {group for group, loop in loops.items() if loop.scheduler.is_settling}
+        machine.turn()
+    assert Group(2, 1) in settled
+    assert Group(2, 0) not in settled
+    machine.drain()
+
+
+def test_no_cached_prefix_follows_to_a_lane_that_takes_no_prompts():
+    names = ("TP2", "TP1-prefill+TP1-decode")
+    plans = PlanSet(2, tuple(parse_plan(name, 2) for name in names), names[0])
+    machine = Machine(2, num_blocks=200, plans=plans, max_num_seqs=16, max_batch_tokens=64)
+    for i in range(12):
+        machine.submit([i] * 20, max_tokens=2)
+    machine.drain()
+    machine.switch(names[1])
+    machine.drain()
+    prefixes = machine.core.generation.kv.prefixes
+    assert prefixes.in_layout(Group(1, 0))
+    assert not prefixes.in_layout(Group(1, 1))
