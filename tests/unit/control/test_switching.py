@@ -167,7 +167,10 @@ def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole():
     assert {matches.index(max(matches)) for matches in found if any(matches)} == {0, 1}
 
 
-def test_newcomers_wait_for_sources_to_go_not_for_cached_prefixes_to_follow():
+def test_newcomers_wait_for_sources_to_go_not_for_cached_prefixes_to_follow(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("nitsum.control.switching.RELEASE_BLOCKS", 2)
     machine = busy()
     for i in range(12):
         machine.submit([100 + i] * 20, max_tokens=2)
