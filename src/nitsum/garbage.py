@@ -16,17 +16,21 @@ NEVER = 1 << 30
 IDLE_EVERY_S = 60.0
 
 
-def collect_young_only() -> None:
-    """From now on only what was made lately is looked through; what is here now never."""
+def set_aside() -> None:
+    """What is here now is never looked through again."""
     gc.collect()
     gc.freeze()
+
+
+def collect_young_only() -> None:
+    """From now on only what was made lately is looked through; what is here now never."""
+    set_aside()
     gc.set_threshold(*gc.get_threshold()[:2], NEVER)
 
 
 def collect_when_told() -> None:
     """From now on nothing is looked through unless `IdleCollector` does it."""
-    gc.collect()
-    gc.freeze()
+    set_aside()
     gc.disable()
 
 

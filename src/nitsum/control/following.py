@@ -51,8 +51,10 @@ class Following:
     def _follow_from(self, src: Group, num_blocks: int) -> bool:
         """One portion, shared out among the lanes: each rank's copies slow its steps down."""
         lanes = [group for group in self._lanes_over(src) if self._room(src, group)]
+        if not lanes:
+            return False
         portions: dict[Group, list[Block]] = {group: [] for group in lanes}
-        for block in self.lanes.kv.prefixes.newest(src, num_blocks) if lanes else ():
+        for block in self.lanes.kv.prefixes.newest(src, num_blocks):
             portions[lanes[block.root % len(lanes)]].append(block)
         sent = [self._send(src, dst, blocks) for dst, blocks in portions.items()]
         return any(sent)

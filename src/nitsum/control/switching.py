@@ -391,7 +391,6 @@ class Switcher:
     def _end(self, switch: Switch, *, ok: bool, message: str) -> list[SwitchReport]:
         now = self.lanes.now()
         self.current = None
-        self.lanes.end_settling()
         self.short_until_s = now + SHORT_S
         report = switch.report(now, ok=ok, message=message)
         self.lanes.emit(ended(report, now))

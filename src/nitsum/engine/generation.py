@@ -87,7 +87,6 @@ class Generation:
         self.in_flight: dict[int, StepInFlight] = {}
         self.rank_load = RankLoad([0] * arena.num_ranks)
         self.landing = Landing(self.loops, self.rank_load)
-        self._num_prefill_lanes = 0
         self.setting = Setting(
             clock,
             self.kv,
@@ -224,7 +223,8 @@ class Generation:
     def advance_moves(self) -> list[SwitchReport]:
         """One turn of the switch under way and of hand-overs; reports of switches that ended."""
         reports = self.switcher.advance()
-        if self._num_prefill_lanes or not self.hand_overs.is_idle:
+        has_prefill_lanes = any(loop.lane.role == "prefill" for loop in self.loops.values())
+        if has_prefill_lanes or not self.hand_overs.is_idle:
             self.hand_overs.advance(may_propose=self.switcher.is_waiting)
         return reports
 
@@ -332,7 +332,6 @@ class Generation:
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack."""
         loops = self.loops.values()
-        self._num_prefill_lanes = sum(loop.lane.role == "prefill" for loop in loops)
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]

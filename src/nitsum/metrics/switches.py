@@ -160,13 +160,13 @@ def _gaps(record: RequestRecord) -> Iterator[tuple[float, float]]:
 
 def precopy_slowdown(switch: SwitchRecord, steps: Iterable[StepRecord]) -> float | None:
     """How much longer decode-only steps took while KV was copied; None without such steps."""
-    waves = [(w.proposed_s, w.committed_s) for w in switch.waves if w.committed_s is not None]
+    copying = _copy_times([switch])
     during: list[float] = []
     before: list[float] = []
     for step in steps:
         if step.prefill_tokens or not step.num_decode:
             continue
-        if any(start <= step.ended_s <= end for start, end in waves):
+        if _is_within(step, copying):
             during.append(step.seconds)
         elif switch.started_s - _BASELINE_S <= step.ended_s < switch.started_s:
             before.append(step.seconds)

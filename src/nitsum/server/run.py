@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -14,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from nitsum.engine.client import EngineClient
+from nitsum.garbage import set_aside
 from nitsum.server.app import build_app
 from nitsum.server.patience import patient_protocol
 from nitsum.server.service import Service
@@ -38,9 +38,7 @@ def serve(
     """
 
     def ready(url: str) -> None:
-        # What is here stays: collections need not look at it again, which would take milliseconds.
-        gc.collect()
-        gc.freeze()
+        set_aside()  # to look at it again would take milliseconds
         if on_ready is not None:
             on_ready(url)
 

@@ -5,7 +5,7 @@ import pytest
 from nitsum.events import StepSent, WaveCommitted
 from nitsum.kv.prefix import hash_prompt
 from nitsum.kv.transfer import Transfer
-from nitsum.plan import Group, PlanSet, parse_plan
+from nitsum.plan import Group, read_plans
 from tests.unit.engine.machine import Machine
 
 WIDE = Group(2, 0)
@@ -193,8 +193,7 @@ def test_newcomers_wait_for_sources_to_go_not_for_cached_prefixes_to_follow(
 
 
 def test_lanes_of_both_plans_go_on_admitting():
-    names = ("TP2+2xTP1", "2xTP2")
-    plans = PlanSet(4, tuple(parse_plan(name, 4) for name in names), names[0])
+    plans = read_plans(["TP2+2xTP1", "2xTP2"], 4)
     machine = Machine(4, num_blocks=200, plans=plans, max_num_seqs=16, max_batch_tokens=64)
     for i in range(9):
         machine.submit([i] * (9 + i), max_tokens=90)
@@ -212,13 +211,12 @@ def test_lanes_of_both_plans_go_on_admitting():
 
 
 def test_no_cached_prefix_follows_to_a_lane_that_takes_no_prompts():
-    names = ("TP2", "TP1-prefill+TP1-decode")
-    plans = PlanSet(2, tuple(parse_plan(name, 2) for name in names), names[0])
+    plans = read_plans(["TP2", "TP1-prefill+TP1-decode"], 2)
     machine = Machine(2, num_blocks=200, plans=plans, max_num_seqs=16, max_batch_tokens=64)
     for i in range(12):
         machine.submit([i] * 20, max_tokens=2)
     machine.drain()
-    machine.switch(names[1])
+    machine.switch("TP1-prefill+TP1-decode")
     machine.drain()
     prefixes = machine.core.generation.kv.prefixes
     assert prefixes.in_layout(Group(1, 0))
