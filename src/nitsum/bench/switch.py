@@ -22,6 +22,7 @@ from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.moved import holds_kv
 from nitsum.bench.scenario import plan_walk, static_plan
 from nitsum.bench.stages import OnStage
+from nitsum.bench.steadiness import Steadiness, watched
 from nitsum.bench.switch_load import (
     NUM_BACKGROUND,
     Options,
@@ -75,6 +76,7 @@ class Result:
     """The same of as long a time before each switch."""
     slowdown_s: Summary = field(default_factory=lambda: summarise(()))
     """How much longer the old lanes' steps took while KV was copied, per switch."""
+    machine: Steadiness = field(default_factory=Steadiness)
 
     @property
     def counts(self) -> bool:
@@ -112,7 +114,8 @@ class Result:
             "num_streams_close_call": self.num_close,
             "num_streams_different": len(self.different),
         }
-        return {name: value for name, value in found.items() if value is not None}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {**known, **self.machine.figures()}
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -124,8 +127,9 @@ def measure(options: Options, on_stage: OnStage, note: Callable[[str], None]) ->
     with Workers(engine_config(options), on_progress=note) as workers:
         recorder = Recorder()
         run = Run(options, workers.driver(sink=recorder), recorder, workers.shape, on_stage)
-        run.to_the_end()
-        result = run.result()
+        with watched() as machine:
+            run.to_the_end()
+        result = replace(run.result(), machine=machine)
         if options.dtype != "float32":
             return result
         compare_text(result, run.streams(), _static_streams(workers, options, run, on_stage))

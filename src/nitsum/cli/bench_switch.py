@@ -15,6 +15,7 @@ from nitsum.bench.tables import percent, print_line, print_table, size
 from nitsum.bench.verify import check_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.readers import entries, size_bytes
+from nitsum.cli.settings import LIMITS
 from nitsum.errors import ConfigError, require_torch
 from nitsum.metrics.percentiles import Summary
 from nitsum.plan import PlanSet, is_power_of_two, read_plans
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "requests, or the prefixes they left behind (default: requests)")  # fmt: skip
     add("--kv-memory", type=size_bytes, metavar="SIZE", help="of a rank; 0: all there is "
         "(default: made for the streams)")  # fmt: skip
+    add("--block-tokens", type=int, default=0, metavar="N", help="of a KV block (default: that of "
+        "nitsum serve)")  # fmt: skip
     add("--max-batch-tokens", type=int, default=0, metavar="N", help="of a step")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and switches")
     add("--json", action="store_true", help="print one JSON object")
@@ -80,6 +83,7 @@ def _options(args: argparse.Namespace) -> Options:
         load_format=args.load_format,
         fill=args.fill,
         kv_bytes=args.kv_memory,
+        block_tokens=args.block_tokens or LIMITS[args.device].block_tokens,
         max_batch_tokens=args.max_batch_tokens,
         num_prompt=args.prompt_tokens,
         num_answer=args.answer_tokens,
@@ -114,6 +118,7 @@ def print_result(result: Result) -> None:
     before = ("as long before", "", *_pause_cells(result.pause_before_s))
     print_table("Streams across a switch", columns, [*rows, total, before])
     print_table("A switch, on average", ("", ""), _work_rows(result.figures()))
+    _print_steadiness(result.machine.figures())
     print_line(
         f"{result.num_in_full_arena} of {len(result.reports)} switches began in a full arena "
         f"with a prefill in flight; {_fullness(result)}."
@@ -127,6 +132,16 @@ def print_result(result: Result) -> None:
     )
     for stream in result.different[:10]:
         print_line(f"Different: {stream}")
+
+
+def _print_steadiness(figures: dict[str, float]) -> None:
+    if figures:
+        print_line(
+            "Of the same piece of work in a process of its own, the machine made "
+            f"{figures['machine_p99_over_p50']:.1f} times the usual time at P99, "
+            f"{figures['machine_max_over_p50']:.1f} times at most: pauses of that origin are in "
+            "the table, with and without a switch."
+        )
 
 
 def _pause_cells(pause: Summary) -> tuple[str, ...]:

@@ -11,9 +11,6 @@ from typing import Any, cast, get_type_hints
 import msgspec
 
 from nitsum.cli.settings import (
-    BATCH_TOKENS,
-    MIXED_TOKENS,
-    NUM_SEQS,
     PlanSettings,
     ServeSettings,
 )
@@ -58,7 +55,7 @@ def _default_plans(settings: PlanSettings) -> PlanSet:
 
 def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
     """The engine's configuration for the checkpoint folder `model`."""
-    on_cpu = settings.device == "cpu"
+    on_cpu, limits = settings.device == "cpu", settings.limits
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
@@ -69,15 +66,13 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
         min_tp=settings.min_tp,
-        block_tokens=settings.block_tokens,
+        block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         host_kv_bytes=settings.host_kv_memory,
         max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
-        max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
-        max_mixed_tokens=settings.max_mixed_tokens
-        or settings.max_batch_tokens
-        or MIXED_TOKENS[settings.device],
+        max_num_seqs=limits.max_num_seqs,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_mixed_tokens=settings.max_mixed_tokens or limits.max_mixed_tokens,
         num_threads=settings.threads,
         tiers=tiers_of(settings),
         prefix_cache=settings.prefix_cache,

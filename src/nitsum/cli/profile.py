@@ -27,7 +27,7 @@ from nitsum.cli.build import CPU_KV_BYTES, build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.progress import note
 from nitsum.cli.readers import one_of, size_bytes, text, whole_number
-from nitsum.cli.settings import BATCH_TOKENS, NUM_SEQS, DeviceSettings, PlanSettings
+from nitsum.cli.settings import PlanSettings, StepSettings
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.config import EngineConfig
 from nitsum.cost.fit import print_fit
@@ -41,7 +41,7 @@ from nitsum.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSettings(DeviceSettings, PlanSettings):
+class ProfileSettings(StepSettings, PlanSettings):
     """What is measured, as it will be served."""
 
     model: str = setting(
@@ -52,15 +52,8 @@ class ProfileSettings(DeviceSettings, PlanSettings):
         one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
     )
     threads: int = setting(whole_number(), 0, "CPU threads of one worker", "N")
-    block_tokens: int = setting(whole_number(1), 16, "tokens of one KV block", "N")
     kv_memory: int | None = setting(size_bytes, None, "KV arena of one rank", "SIZE")
     max_model_len: int = setting(whole_number(), 0, "longest prompt plus answer, tokens", "N")
-    max_num_seqs: int = setting(
-        whole_number(), 0, "largest decode batch (default: that of nitsum serve)", "N"
-    )
-    max_batch_tokens: int = setting(
-        whole_number(), 0, "tokens of the largest step (default: that of nitsum serve)", "N"
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
-    on_cpu = settings.device == "cpu"
+    on_cpu, limits = settings.device == "cpu", settings.limits
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
@@ -117,11 +110,11 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
         min_tp=settings.min_tp,
-        block_tokens=settings.block_tokens,
+        block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs or NUM_SEQS[settings.device],
-        max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[settings.device],
+        max_num_seqs=limits.max_num_seqs,
+        max_batch_tokens=limits.max_batch_tokens,
         num_threads=settings.threads,
     )
 

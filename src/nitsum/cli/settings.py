@@ -19,12 +19,30 @@ from nitsum.cli.readers import (
 from nitsum.cli.sources import setting
 from nitsum.messages import Device, Dtype
 
-NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
-BATCH_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 2048}
-"""On a GPU, all of them run as graphs: a prompt of 2,000 tokens alone is one step."""
-MIXED_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 1024}
-"""On an H100 and for an 8B model, 20 ms at TP 2 and 30 at TP 1: nobody's gap grows by more. A
-larger bound is not more work done: with 1,536, 64 clients get 3% fewer answers."""
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step takes at most, and the tokens of a KV block."""
+
+    block_tokens: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_mixed_tokens: int
+
+
+LIMITS: dict[Device, Limits] = {
+    "cpu": Limits(block_tokens=16, max_num_seqs=64, max_batch_tokens=512, max_mixed_tokens=512),
+    "cuda": Limits(block_tokens=32, max_num_seqs=256, max_batch_tokens=2048, max_mixed_tokens=1024),
+}
+"""On a GPU, steps of up to 2,048 tokens run as graphs: a prompt of 2,000 tokens alone is one step.
+The 1,024 of a mixed step take an H100 and an 8B model 20 ms at TP 2 and 30 at TP 1: nobody's gap
+grows by more, and with 1,536, 64 clients get 3% fewer answers. Blocks of 32 tokens cost kernels
+what blocks of 16 do, and halve what the engine does at a switch."""
+
+
+def _by_device(name: str) -> str:
+    cpu, cuda = (getattr(LIMITS[device], name) for device in ("cpu", "cuda"))
+    return f"{cpu} on cpu, {cuda} on cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +83,39 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(DeviceSettings, PlanSettings):
+class StepSettings(DeviceSettings):
+    """How large steps and KV blocks are."""
+
+    block_tokens: int = setting(
+        whole_number(), 0, f"tokens of one KV block (default: {_by_device('block_tokens')})", "N"
+    )
+    max_num_seqs: int = setting(
+        whole_number(),
+        0,
+        f"sequences one lane steps at once (default: {_by_device('max_num_seqs')})",
+        "N",
+    )
+    max_batch_tokens: int = setting(
+        whole_number(),
+        0,
+        f"tokens one step may compute (default: {_by_device('max_batch_tokens')})",
+        "N",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What was asked for; the device's own where nothing was."""
+        own = LIMITS[self.device]
+        return Limits(
+            block_tokens=self.block_tokens or own.block_tokens,
+            max_num_seqs=self.max_num_seqs or own.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens or own.max_batch_tokens,
+            max_mixed_tokens=self.max_batch_tokens or own.max_mixed_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(StepSettings, PlanSettings):
     """Plans, engine and server together."""
 
     model: str = setting(
@@ -78,7 +128,6 @@ class ServeSettings(DeviceSettings, PlanSettings):
     threads: int = setting(
         whole_number(), 0, "CPU threads of one worker (default: the cores, divided)", "N"
     )
-    block_tokens: int = setting(whole_number(1), 16, "tokens of one KV block", "N")
     kv_memory: int | None = setting(
         size_bytes,
         None,
@@ -91,26 +140,11 @@ class ServeSettings(DeviceSettings, PlanSettings):
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the checkpoint's)", "N"
     )
-    max_num_seqs: int = setting(
-        whole_number(),
-        0,
-        f"sequences one lane steps at once (default: {NUM_SEQS['cpu']} on cpu, "
-        f"{NUM_SEQS['cuda']} on cuda)",
-        "N",
-    )
-    max_batch_tokens: int = setting(
-        whole_number(),
-        0,
-        f"tokens one step may compute (default: {BATCH_TOKENS['cpu']} on cpu, "
-        f"{BATCH_TOKENS['cuda']} on cuda)",
-        "N",
-    )
     max_mixed_tokens: int = setting(
         whole_number(),
         0,
         "tokens of a step that has decodes, which its prompts keep waiting (default: "
-        f"{MIXED_TOKENS['cpu']} on cpu, {MIXED_TOKENS['cuda']} on cuda; max-batch-tokens if that "
-        "is given)",
+        f"{_by_device('max_mixed_tokens')}; max-batch-tokens if that is given)",
         "N",
     )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
