@@ -4,11 +4,12 @@
     python -m benchmarks.live_flip foresee  --out FOLDER    # no GPU: TP2, 2xTP1, ours at some rates
     python -m benchmarks.live_flip static   --out FOLDER    # TP2, then 2xTP1, one server
     python -m benchmarks.live_flip adaptive --out FOLDER    # the same load with the controller
+    python -m benchmarks.live_flip report   --out FOLDER    # no GPU: served beside simulated
 
 in this order; what a part writes, the next ones read from FOLDER, so it may go to a machine without
 GPUs and back. Profile and serve on one machine: on two of a kind, prompts once took half as
 long again. The 8B shape with random weights on two GPUs, `benchmarks/workloads/
-live_flip.yaml`. `static` and `adaptive` print served beside simulated latencies and goodput
+live_flip.yaml`. `report` prints served beside simulated latencies and goodput of what was served
 (`nitsum simulate --compare`, of the client's events and of the engine's) and, for the controller,
 what it predicted beside what came (`nitsum explain`). On a CPU: `--device cpu --model CHECKPOINT`.
 """
@@ -57,7 +58,7 @@ class Run:
     def sizes(self) -> list[str]:
         return [
             "--max-num-seqs", str(self.slots), "--max-batch-tokens", str(self.step_tokens),
-            "--kv-memory", self.kv,
+            "--kv-memory", self.kv, "--block-tokens", "32",
         ]  # fmt: skip
 
     @property
@@ -147,8 +148,6 @@ def static(run: Run) -> None:
         load(run, url, "2xtp1")
     finally:
         stop(server)
-    for name, plan in (("tp2", "TP2"), ("2xtp1", "2xTP1")):
-        compare(run, f"{name}.jsonl", ["--plans", PLANS, "--plan", plan, "--no-control"])
 
 
 def adaptive(run: Run) -> None:
@@ -158,9 +157,16 @@ def adaptive(run: Run) -> None:
         load(run, wait_for_url(log, server), "ours")
     finally:
         stop(server)
+
+
+def report(run: Run) -> None:
+    """Of the parts that were served."""
+    for name, plan in (("tp2", "TP2"), ("2xtp1", "2xTP1")):
+        compare(run, f"{name}.jsonl", ["--plans", PLANS, "--plan", plan, "--no-control"])
     for events in ("ours.jsonl", "engine_adaptive.jsonl"):
         compare(run, events, ["--plans", PLANS])
-    nitsum(["explain", run.file("engine_adaptive.jsonl")])
+    if (run.out / "engine_adaptive.jsonl").is_file():
+        nitsum(["explain", run.file("engine_adaptive.jsonl")])
 
 
 def start(run: Run, name: str, flags: list[str]) -> tuple[Path, subprocess.Popen[bytes]]:
@@ -194,6 +200,8 @@ def load(run: Run, url: str, name: str) -> None:
 
 
 def compare(run: Run, events: str, plans: list[str]) -> None:
+    if not (run.out / events).is_file():
+        return
     print(f"\n{events}, served and simulated", flush=True)
     held = ["--targets", run.file("targets.json"), "--compare", run.file(events)]
     nitsum([*run.simulated, *plans, *held])
@@ -209,7 +217,7 @@ def nitsum(words: list[str], out: Path | None = None) -> None:
 
 
 def main() -> None:
-    parts = {"profile": profile, "foresee": foresee, "static": static, "adaptive": adaptive}
+    parts = {part.__name__: part for part in (profile, foresee, static, adaptive, report)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--out", type=Path, required=True)
