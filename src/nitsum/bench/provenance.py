@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,8 +41,18 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The processor and how many cores this process may use."""
-    return f"{_processor()}, {num_cores()} cores"
+    """The GPUs, the processor and how many cores this process may use."""
+    return "; ".join([*_gpus(), f"{_processor()}, {num_cores()} cores"])
+
+
+def _gpus() -> list[str]:
+    """As `2x NVIDIA H100 80GB HBM3`, one entry a kind; none where no driver answers."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [f"{num}x {name}" for name, num in Counter(found.stdout.splitlines()).items()]
 
 
 def num_cores() -> int:

@@ -1,15 +1,18 @@
 """What arrives, by tier: counted over a window, over a shorter one when the load has changed.
 
 A change is a count in the last seconds that the long window's rate would hardly ever give (it is
-Poisson). Then only what came since counts: the old mix says nothing any more.
+Poisson). Then only what came since counts: the old mix says nothing any more. When it was is the
+moment that explains the last seconds of all tiers best, one rate before it and another after
+(the likelihood ratio of Page's CUSUM, Biometrika 41, 1954).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import log, sqrt
 from typing import Literal, NamedTuple
 
 from nitsum.control.load import Load, Sample, TierLoad, by_level, starvation, sum_up
@@ -19,6 +22,10 @@ from nitsum.tier import Tier, TierSet
 MAX_SAMPLES = 256
 DEVIATIONS = 2.7
 """Standard deviations of a count that nobody takes for chance."""
+LEAST_EXPECTED = 1e-2
+"""Arrivals of a tier that had none: a rate of nothing would rule the first one out."""
+NUM_MOMENTS = 64
+"""Of the last seconds, at which a change may have been."""
 MEMORY_WINDOWS = 4
 """Arrivals are remembered for this many windows."""
 USUAL_OUTPUT_TOKENS = 256.0
@@ -50,9 +57,16 @@ class TierArrivals:
 
     def rate(self, now: float, window_s: float) -> float:
         """Per second, over the window or since the last change or the first arrival."""
-        known_s = now - max(self.changed_s, self.first_s)
-        span_s = min(window_s, max(known_s, 1.0))
+        span_s = self._span_s(now, window_s)
         return self.since(now - span_s) / span_s
+
+    def rate_before(self, end_s: float, window_s: float) -> float:
+        """What the rate was then."""
+        span_s = self._span_s(end_s, window_s)
+        return (self.since(end_s - span_s) - self.since(end_s)) / span_s
+
+    def _span_s(self, end_s: float, window_s: float) -> float:
+        return min(window_s, max(end_s - max(self.changed_s, self.first_s), 1.0))
 
     def since(self, start_s: float) -> int:
         count = 0
@@ -125,9 +139,27 @@ class Arrivals:
         for all tiers: a mix changes as a whole."""
         changed = [name for name, tier in self.by_tier.items() if self._has_changed(tier, now)]
         if changed:
+            changed_s = self._moment_of_change(now)
             for tier in self.by_tier.values():
-                tier.changed_s = now - self.burst_s
+                tier.changed_s = changed_s
         return changed
+
+    def _moment_of_change(self, now: float) -> float:
+        """Somewhere in the last burst."""
+        start_s = now - self.burst_s
+        known = [
+            (tier.rate_before(start_s, self.window_s), [t for t in tier.times if t >= start_s])
+            for tier in self.by_tier.values()
+        ]
+
+        def gain(at_s: float) -> float:
+            return sum(
+                _likelihood_gain(rate, len(times) - bisect_left(times, at_s), now - at_s)
+                for rate, times in known
+            )
+
+        moments = [start_s + self.burst_s * i / NUM_MOMENTS for i in range(NUM_MOMENTS)]
+        return max(moments, key=lambda at_s: (gain(at_s), at_s))
 
     def _has_changed(self, tier: TierArrivals, now: float) -> bool:
         if tier.may_wait or now - max(tier.changed_s, tier.first_s) < 2 * self.burst_s:
@@ -181,6 +213,12 @@ class Arrivals:
         older = known.since(now - self.window_s) - newer
         slope = (newer - older) / half_s / half_s
         return max(rate / 2, rate + slope * self.lead_s)
+
+
+def _likelihood_gain(rate_per_s: float, count: int, span_s: float) -> float:
+    """How much likelier `count` arrivals in `span_s` are at their own rate than at `rate_per_s`."""
+    expected = max(rate_per_s * span_s, LEAST_EXPECTED)
+    return expected - count + (count * log(count / expected) if count else 0.0)
 
 
 def waiting_by_tier(entries: Iterable[tuple[str, float]], now: float) -> dict[str, Waiting]:

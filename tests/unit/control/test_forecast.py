@@ -61,6 +61,30 @@ def test_after_a_change_only_what_came_since_counts():
     assert arrivals.notice_changes(33.2) == [], "one change is noticed once"
 
 
+def test_a_mix_that_flips_is_forgotten_from_the_moment_it_flipped():
+    """Work with a deadline ends as chats begin: two seconds later its rate is nothing, although the
+    last seconds, in which the change was noticed, had much of it."""
+    arrivals = Arrivals(TierSet())
+    steady(arrivals, 0.0, 5.0, 8, "default")
+    steady(arrivals, 5.0, 30.0, 30, "batch")
+    steady(arrivals, 30.0, 31.0, 8, "default")
+    assert arrivals.notice_changes(31.0) == ["default"]
+    steady(arrivals, 31.0, 32.0, 8, "default")
+    rates = {load.tier: load.rate_per_s for load in arrivals.load(32.0)}
+    assert rates.get("batch", 0.0) < 2.0
+    assert rates["default"] == pytest.approx(8.0, rel=0.2)
+
+
+@pytest.mark.parametrize("ago_s", [0.5, 1.0, 2.0, 2.9])
+def test_the_moment_of_a_change_is_found(ago_s: float):
+    arrivals = Arrivals(TierSet())
+    steady(arrivals, 0.0, 30.0, 20, "default")
+    steady(arrivals, 30.0, 30.0 + ago_s, 100, "default")
+    assert arrivals.notice_changes(30.0 + ago_s) == ["default"]
+    changed_s = arrivals.by_tier["default"].changed_s
+    assert changed_s == pytest.approx(30.0, abs=0.15)
+
+
 def test_a_burst_of_work_with_a_deadline_is_no_change():
     arrivals = Arrivals(TierSet())
     steady(arrivals, 0.0, 30.0, 1, "batch")
