@@ -96,7 +96,6 @@ class Sequence:
         "first_token_s",
         "group",
         "hashes",
-        "last_token_s",
         "latest_start_s",
         "lost_after_s",
         "missed_after_s",
@@ -115,9 +114,11 @@ class Sequence:
         "request_id",
         "slot",
         "state",
+        "stops",
         "tier",
         "tier_reason",
         "tokens",
+        "told",
         "wait_from_s",
         "waited_s",
     )
@@ -129,6 +130,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.num_most = self.num_prompt + request.sampling.max_tokens
         """Positions that prompt and answer may come to."""
+        self.stops = request.sampling.stop_token_ids
         self.num_dispatched = 0
         """Positions whose KV the steps sent so far will have written."""
         self.num_computed = 0
@@ -152,8 +154,9 @@ class Sequence:
         """Its row on the lane's workers, while it holds KV."""
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
         self.finish_reason: FinishReason | None = None
+        self.told: tuple[str, Group | None, int] | None = None
+        """Plan, lane and displacements as its client last heard of them."""
         # What the scheduler works out once, when the sequence is queued:
         self.latest_start_s = request.arrival_s
         """When its first step must start so that its targets, its chain's included, can be met; the

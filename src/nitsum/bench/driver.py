@@ -29,7 +29,7 @@ from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
 from nitsum.garbage import collect_as_usual, collect_when_told
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import Output, Ready, SwitchReport
+from nitsum.messages import Output, Ready, SwitchReport, Tokens
 from nitsum.request import FinishReason, Request
 from nitsum.shape import ModelShape
 
@@ -192,6 +192,8 @@ class Driver:
                 self.reports.append(message)
             elif isinstance(message, Output):
                 self._take(message, now_s)
+            elif isinstance(message, Tokens):
+                self._take_tokens(message, now_s)
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Turn until `until` says so, or until nothing is left to do."""
@@ -218,6 +220,12 @@ class Driver:
 
     def _wait(self) -> None:
         self.machine.wait(self.core)
+
+    def _take_tokens(self, message: Tokens, now_s: float) -> None:
+        for request_id, token in zip(message.request_ids, message.tokens, strict=True):
+            answer = self.answers[request_id]
+            answer.tokens.append(token)
+            answer.times_s.append(now_s)
 
     def _take(self, output: Output, now_s: float) -> None:
         answer = self.answers[output.request_id]

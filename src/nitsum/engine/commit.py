@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import NamedTuple
 
 from nitsum.engine.generation import Generation
 from nitsum.engine.lanes import StepInFlight
@@ -13,10 +14,20 @@ from nitsum.engine.outputs import Outbox
 from nitsum.events import Finished, StepEnded
 from nitsum.kv.prefix import hash_block
 from nitsum.messages import StepDone, TokenLogprobs
+from nitsum.plan import Group
 from nitsum.request import FinishReason, SeqState, Sequence
 
 Drawn = tuple[int, TokenLogprobs | None, bytes | None]
 """A token as it came from a worker, with what was asked for beside it."""
+
+
+class _Place(NamedTuple):
+    """What tokens of one step share: where and when they came."""
+
+    generation: Generation
+    group: Group
+    plan: str
+    now: float
 
 
 @dataclass
@@ -36,30 +47,28 @@ class Committer:
         """Every chunk of the step: confirm its positions, take its token."""
         if done.hidden:
             self._keep_hidden(step, done)
+        place = self._place(generation, step.loop.group)
         counts: list[tuple[str, int]] = []
-        drawn, now = iter(_drawn(done)), generation.now()
-        size = generation.kv.arena.block_tokens
-        for (sequence, start, num_tokens, samples), restarts in zip(
-            step.chunks, step.restarts, strict=True
-        ):
+        drawn, size, lost = iter(_drawn(done)), generation.kv.arena.block_tokens, step.lost
+        for sequence, start, num_tokens, samples in step.chunks:
             token = next(drawn) if samples else None
-            if sequence.state is SeqState.FINISHED:
+            if sequence.finish_reason is not None:
                 continue
             end = start + num_tokens
-            if end > sequence.num_computed and restarts == sequence.num_restarts:
+            if end > sequence.num_computed and not (lost and sequence in lost):
                 sequence.num_computed = end
             if token is not None:
+                count = 1
                 if end == len(sequence.tokens) and not self.early:
-                    self._append(generation, sequence, token, now)
-                    counts.append((sequence.request_id, 1))
+                    self._append(place, sequence, token)
                 else:
-                    count = self._take(generation, sequence, end, token, now)
-                    counts.append((sequence.request_id, count))
+                    count = self._take(place, sequence, end, token)
+                counts.append((sequence.request_id, count))
             if num_tokens > 1 or not end % size:  # else no block became full
                 self._register(generation, sequence)
         generation.emit(
             StepEnded(
-                at_s=now,
+                at_s=place.now,
                 step_id=step.step_id,
                 group=step.loop.group,
                 seconds=done.seconds,
@@ -94,35 +103,40 @@ class Committer:
         self.early.pop(sequence.request_id, None)
         self.hidden.pop(sequence.request_id, None)
 
-    def _take(
-        self, generation: Generation, sequence: Sequence, end: int, drawn: Drawn, now: float
-    ) -> int:
+    def _place(self, generation: Generation, group: Group) -> _Place:
+        return _Place(generation, group, generation.switcher.plan_of(group).name, generation.now())
+
+    def _take(self, place: _Place, sequence: Sequence, end: int, drawn: Drawn) -> int:
         """Append the token after `end` positions, and those it let wait; how many were taken."""
         if end != len(sequence.tokens):
             self.early[sequence.request_id][end] = drawn
             return 0
         count = 1
-        self._append(generation, sequence, drawn, now)
+        self._append(place, sequence, drawn)
         waiting = self.early.get(sequence.request_id)
         while waiting and len(sequence.tokens) in waiting and not sequence.is_finished:
             count += 1
-            self._append(generation, sequence, waiting.pop(len(sequence.tokens)), now)
+            self._append(place, sequence, waiting.pop(len(sequence.tokens)))
         return count
 
-    def _append(self, generation: Generation, sequence: Sequence, drawn: Drawn, now: float) -> None:
+    def _append(self, place: _Place, sequence: Sequence, drawn: Drawn) -> None:
+        generation, group, plan, now = place
         token, logprobs, logits = drawn
         sequence.tokens.append(token)
         sequence.num_sampling -= 1
-        sequence.last_token_s = now
         if sequence.first_token_s is None:
             sequence.first_token_s = now
+        if sequence.group != group:  # moved on while the step ran
+            plan = generation.switcher.plan_of(sequence.group).name
         reason = end_of(sequence)
+        if reason is None and logprobs is None and logits is None and not self.hidden:
+            self.outbox.put_token(sequence, token, plan)
+            return
         if reason is not None:
             sequence.finish_reason = reason
             self._register(generation, sequence)
-        plan = generation.switcher.plan_of(sequence.group).name
-        hidden = self.hidden.pop(sequence.request_id, None) if self.hidden else None
-        self.outbox.put_token(sequence, token, plan, logprobs, logits, hidden)
+        hidden = self.hidden.pop(sequence.request_id, None)
+        self.outbox.put_output(sequence, token, plan, logprobs, logits, hidden)
         if reason is not None:
             self.finish(generation, sequence, reason)
 
@@ -156,15 +170,14 @@ def extend_hashes(sequence: Sequence, num_blocks: int, block_tokens: int) -> Non
 
 def end_of(sequence: Sequence) -> FinishReason | None:
     """Why the sequence ends with its last token, if it does."""
-    sampling = sequence.request.sampling
-    stops = sampling.stop_token_ids
-    if (
-        stops
-        and sequence.tokens[-1] in stops
-        and sequence.num_output >= max(1, sampling.min_tokens)
-    ):
+    tokens, stops = sequence.tokens, sequence.stops
+    if stops and tokens[-1] in stops and _may_stop(sequence):
         return "stop"
-    return "length" if len(sequence.tokens) >= sequence.num_most else None
+    return "length" if len(tokens) >= sequence.num_most else None
+
+
+def _may_stop(sequence: Sequence) -> bool:
+    return sequence.num_output >= max(1, sequence.request.sampling.min_tokens)
 
 
 def _drawn(done: StepDone) -> Iterable[Drawn]:

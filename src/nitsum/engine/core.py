@@ -273,9 +273,8 @@ class Core:
     def _send(self, loop: LaneLoop, composed: Composed, step_id: int) -> None:
         generation, chunks = self.generation, tuple(composed.chunks)
         generation.dispatcher.send_step(loop.lane, step_id, generation.switcher.epoch, chunks)
-        restarts = tuple([sequence.num_restarts for sequence, _, _, _ in chunks])
         step = StepInFlight(
-            loop, step_id, chunks, restarts, composed.now, composed.shape, composed.predicted_s
+            loop, step_id, chunks, set(), composed.now, composed.shape, composed.predicted_s
         )
         generation.in_flight[step_id] = step
         generation.rank_load.sent(step)

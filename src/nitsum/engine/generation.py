@@ -194,6 +194,8 @@ class Generation:
             self.free_slot_of(sequence)
             self.admission.remove(sequence)
             sequence.forget_kv()
+            for step in self.in_flight.values():
+                step.lost.add(sequence)
             self.route(sequence)
 
     def put_back(self, sequence: Sequence) -> None:

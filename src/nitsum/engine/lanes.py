@@ -8,6 +8,7 @@ from math import inf
 from typing import NamedTuple
 
 from nitsum.plan import Group, Lane
+from nitsum.request import Sequence
 from nitsum.sched.lane import LaneScheduler
 from nitsum.step import BatchShape, Chunk
 
@@ -62,8 +63,8 @@ class StepInFlight(NamedTuple):
     loop: LaneLoop
     step_id: int
     chunks: tuple[Chunk, ...]
-    restarts: tuple[int, ...]
-    """`num_restarts` of each chunk's sequence when the step was sent."""
+    lost: set[Sequence]
+    """Who lost its KV since: the step confirms nothing of it."""
     sent_s: float
     shape: BatchShape
     predicted_s: float

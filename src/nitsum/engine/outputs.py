@@ -1,9 +1,12 @@
-"""What the engine has to say since the last turn, one message a request."""
+"""What the engine has to say since the last turn.
+
+Most steps come to a token for each of their requests and no other news: one message for all.
+"""
 
 from __future__ import annotations
 
 from nitsum.errors import ApiError
-from nitsum.messages import FromEngine, Output, SwitchReport, TokenLogprobs
+from nitsum.messages import FromEngine, Output, SwitchReport, TokenLogprobs, Tokens
 from nitsum.request import Request, Sequence
 
 _MAX_DONE = 1024
@@ -15,10 +18,13 @@ class Outbox:
 
     def __init__(self) -> None:
         self._messages: list[FromEngine] = []
+        self._columns: Tokens | None = None
+        """The last message, if it has room for more tokens: each request's stay in order."""
         self._done: dict[str, SwitchReport] = {}
         """Reports of switches that were done, the oldest first."""
 
     def put(self, message: FromEngine) -> None:
+        self._columns = None
         self._messages.append(message)
 
     def report(self, report: SwitchReport) -> None:
@@ -36,7 +42,21 @@ class Outbox:
         self.put(self._done[op_id])
         return True
 
-    def put_token(
+    def put_token(self, sequence: Sequence, token: int, plan: str) -> None:
+        """A new token, and nothing else of its request: in full only if that has another place
+        now than its client knows of. What else is told of a place was settled before."""
+        told = (plan, sequence.group, sequence.num_displaced)
+        if sequence.told != told:
+            self.put_output(sequence, token, plan)
+            return
+        columns = self._columns
+        if columns is None:
+            columns = self._columns = Tokens([], [])
+            self._messages.append(columns)
+        columns.request_ids.append(sequence.request_id)
+        columns.tokens.append(token)
+
+    def put_output(
         self,
         sequence: Sequence,
         token: int,
@@ -45,9 +65,10 @@ class Outbox:
         logits: bytes | None = None,
         hidden: bytes | None = None,
     ) -> None:
-        """A new token of a sequence, with its end if it has one."""
+        """A new token of a sequence and all there is to say, with its end if it has one."""
         group, started_s = sequence.group, sequence.first_scheduled_s
-        self._messages.append(
+        sequence.told = (plan, group, sequence.num_displaced)
+        self.put(
             Output(
                 sequence.request_id,
                 [token],
@@ -66,7 +87,7 @@ class Outbox:
         )
 
     def take(self) -> list[FromEngine]:
-        messages, self._messages = self._messages, []
+        messages, self._messages, self._columns = self._messages, [], None
         return messages
 
 

@@ -11,7 +11,7 @@ from nitsum.engine.core import Core
 from nitsum.engine.fake_executor import FakeExecutor, answer_of
 from nitsum.events import EventLog
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import Output, SwitchReport
+from nitsum.messages import Output, SwitchReport, Tokens
 from nitsum.plan import PlanSet, default_plans
 from nitsum.request import Request, SamplingParams
 
@@ -91,6 +91,9 @@ class Machine:
                 self.reports.append(message)
             elif isinstance(message, Output):
                 self._take(message)
+            elif isinstance(message, Tokens):
+                for request_id, token in zip(message.request_ids, message.tokens, strict=True):
+                    self._hear(request_id, [token])
 
     def run(self, max_turns: int = 5000) -> None:
         """Until nothing is left to do."""
@@ -121,16 +124,20 @@ class Machine:
 
     def _take(self, output: Output) -> None:
         request_id = output.request_id
-        assert request_id not in self.ended, f"{request_id} spoke after its end"
         if output.error is not None:
+            assert request_id not in self.ended, f"{request_id} spoke after its end"
             self.errors[request_id] = output
             self.ended[request_id] = "error"
             return
-        self.answers[request_id].extend(output.tokens)
         lanes = {str(lane.group) for lane in self.plans[output.plan].lanes}
         assert output.lane in lanes, f"{output.plan} has no lane {output.lane}"
-        prompt = self.requests[request_id].prompt
-        so_far = self.answers[request_id]
-        assert so_far == answer_of(prompt, len(so_far)), f"{request_id} lost or repeated a token"
+        self._hear(request_id, output.tokens)
         if output.finish_reason is not None:
             self.ended[request_id] = output.finish_reason
+
+    def _hear(self, request_id: str, tokens: list[int]) -> None:
+        assert request_id not in self.ended, f"{request_id} spoke after its end"
+        so_far = self.answers[request_id]
+        so_far.extend(tokens)
+        expected = answer_of(self.requests[request_id].prompt, len(so_far))
+        assert so_far == expected, f"{request_id} lost or repeated a token"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from nitsum.engine.client import Inbox
-from nitsum.engine.ipc import Columns
-from nitsum.messages import FromEngine, Output, SwitchReport, TokenLogprobs, Tokens
+from nitsum.engine.outputs import Outbox
+from nitsum.messages import Output, SwitchReport, TokenLogprobs, Tokens
+from nitsum.plan import Group
+from nitsum.request import Request, SamplingParams, Sequence
 
 OUTPUT = Output("a", [1], tier="flex", plan="TP1", lane="TP1@0", num_cached=16, queue_s=0.5)
 
@@ -20,66 +24,78 @@ def of(request_id: str, token: int, **changes: object) -> Output:
     return replace(OUTPUT, request_id=request_id, tokens=[token], **changes)
 
 
+def running(request_id: str = "a") -> Sequence:
+    sequence = Sequence(Request(request_id, [1, 2], SamplingParams(max_tokens=1000), tier="flex"))
+    sequence.group = Group(1, 0)
+    return sequence
+
+
 def test_the_first_output_is_whole_and_the_next_are_columns():
-    columns = Columns()
-    first = [of("a", 1), of("b", 2)]
-    assert columns.gather(first) == first
-    assert columns.gather([of("a", 3), of("b", 4)]) == [Tokens(["a", "b"], [3, 4])]
-
-
-def test_what_changes_is_said_in_full():
-    columns = Columns()
-    columns.gather([of("a", 1)])
-    changes: list[dict[str, object]] = [
-        {"tier": "batch"},
-        {"lane": "TP2@0"},
-        {"plan": "TP2"},
-        {"num_displaced": 1},
-        {"logprobs": [TokenLogprobs(-1.0, [], [])]},
-        {"logits": [b"x"]},
-        {"tokens": [1, 2]},
-        {"tokens": []},
+    outbox, a, b = Outbox(), running("a"), running("b")
+    outbox.put_token(a, 1, "TP1")
+    outbox.put_token(b, 2, "TP1")
+    first = outbox.take()
+    assert [(o.request_id, o.tokens, o.lane) for o in first if isinstance(o, Output)] == [
+        ("a", [1], "TP1@0"),
+        ("b", [2], "TP1@0"),
     ]
-    for change in changes:
-        output = replace(of("a", 2), **change)
-        assert columns.gather([output]) == [output]
-        columns.gather([of("a", 1)])  # back to where it was
-    assert columns.gather([of("a", 9)]) == [Tokens(["a"], [9])]
+    outbox.put_token(a, 3, "TP1")
+    outbox.put_token(b, 4, "TP1")
+    assert outbox.take() == [Tokens(["a", "b"], [3, 4])]
+    outbox.put_token(a, 5, "TP1")
+    assert outbox.take() == [Tokens(["a"], [5])]
 
 
-def test_a_request_that_ended_is_forgotten():
-    columns = Columns()
-    columns.gather([of("a", 1), of("b", 1), of("a", 2, finish_reason="stop")])
-    columns.forget("b")
-    again = [of("a", 3), of("b", 3)]
-    assert columns.gather(again) == again
+def move(sequence: Sequence) -> None:
+    sequence.group = Group(2, 0)
 
 
-MESSAGES = st.lists(
-    st.one_of(
-        st.builds(of, st.sampled_from("abc"), st.integers(0, 9)),
-        st.builds(of, st.sampled_from("abc"), st.integers(0, 9), lane=st.just("TP2@0")),
-        st.builds(of, st.sampled_from("abc"), st.integers(0, 9), finish_reason=st.just("stop")),
-        st.just(SwitchReport("op", "TP1", "TP2", ok=True)),
+def displace(sequence: Sequence) -> None:
+    sequence.num_displaced += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "plan"), [(move, "TP1"), (displace, "TP1"), (lambda _: None, "TP2")]
+)
+def test_what_changes_is_said_in_full_and_once(change: Callable[[Sequence], None], plan: str):
+    outbox, sequence = Outbox(), running()
+    outbox.put_token(sequence, 1, "TP1")
+    outbox.take()
+    change(sequence)
+    outbox.put_token(sequence, 2, plan)
+    (told,) = outbox.take()
+    assert isinstance(told, Output)
+    assert (told.plan, told.num_displaced) == (plan, sequence.num_displaced)
+    assert told.lane == str(sequence.group)
+    outbox.put_token(sequence, 3, plan)
+    assert outbox.take() == [Tokens(["a"], [3])]
+
+
+Saying = tuple[str, int, str]
+SAYINGS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"), st.integers(0, 9), st.sampled_from(["more", "more", "move", "end"])
     ),
     max_size=20,
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(turns=st.lists(MESSAGES, max_size=4), reads=st.lists(st.booleans(), max_size=20))
-def test_readers_hear_what_the_engine_said(turns: list[list[FromEngine]], reads: list[bool]):
+@given(turns=st.lists(SAYINGS, max_size=4), reads=st.lists(st.booleans(), max_size=20))
+def test_readers_hear_what_the_engine_said(turns: list[list[Saying]], reads: list[bool]):
     """Every token and fact, in order, however often a reader looks."""
-    columns, said = Columns(), defaultdict[str, list[tuple[int, str, str | None]]](list)
+    outbox, said = Outbox(), defaultdict[str, list[tuple[int, str, str | None]]](list)
     inboxes, heard = defaultdict[str, Inbox](Inbox), defaultdict[str, list[Output]](list)
+    sequences = {name: running(name) for name in "abc"}
     looks = iter(reads)
     for turn in turns:
-        for message in turn:
-            if isinstance(message, Output):
-                said[message.request_id].append(
-                    (message.tokens[0], message.lane, message.finish_reason)
-                )
-        for message in columns.gather(turn):
+        for name, token, what in turn:
+            said[name].append(say(outbox, sequences[name], token, what))
+            if what == "end":
+                sequences[name] = running(name)  # another one by the same name
+            if token == 9:
+                outbox.put(SwitchReport("op", "TP1", "TP2", ok=True))
+        for message in outbox.take():
             if isinstance(message, Tokens):
                 for request_id, token in zip(message.request_ids, message.tokens, strict=True):
                     inboxes[request_id].put_token(token)
@@ -90,6 +106,17 @@ def test_readers_hear_what_the_engine_said(turns: list[list[FromEngine]], reads:
     read_all(inboxes, heard)
     assert {name: [fact for output in found for fact in facts(output)]
             for name, found in heard.items()} == said  # fmt: skip
+
+
+def say(outbox: Outbox, sequence: Sequence, token: int, what: str) -> tuple[int, str, str | None]:
+    if what == "move":
+        sequence.group = Group(1, sequence.group.index + 1) if sequence.group else None
+    if what == "end":
+        sequence.finish_reason = "stop"
+        outbox.put_output(sequence, token, "TP1")
+    else:
+        outbox.put_token(sequence, token, "TP1")
+    return token, str(sequence.group), sequence.finish_reason
 
 
 def facts(output: Output) -> list[tuple[int, str, str | None]]:
