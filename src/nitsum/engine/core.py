@@ -216,13 +216,13 @@ class Core:
     def _dispatch(self) -> None:
         """Fill every rank's FIFO as far ahead as it may be."""
         load = self.generation.rank_load
-        load.send_ahead_s = self.generation.send_ahead_s
+        load.send_ahead(self.generation.send_ahead_s)
         while not load.is_full and self._dispatch_round():
             pass
 
     def _set_alarm(self) -> None:
         generation, now = self.generation, self.clock.now()
-        self.next_turn_s = generation.next_send_s(now)
+        self.next_turn_s = generation.rank_load.next_send_s(generation.loops.values(), now)
         if generation.switcher.has_portions:
             self.next_turn_s = min(self.next_turn_s, now + PORTION_S)
 
@@ -233,16 +233,12 @@ class Core:
         has been passed over for long goes before it.
         """
         generation, load, now = self.generation, self.generation.rank_load, self.clock.now()
+        loops = load.due(generation.loops.values(), now)
+        if len(loops) > 1:
+            loops.sort(key=generation.turn_order())
         load.held.clear()
-        num_sent = 0
-        # A lane without room matters only to those it shares ranks with: they are kept for it.
-        loops = [
-            loop
-            for loop in generation.loops.values()
-            if loop.scheduler.neighbours or load.send_at_s(loop) <= now
-        ]
-        landing = generation.landing
-        for loop in sorted(loops, key=generation.turn_order()):
+        num_sent, landing = 0, generation.landing
+        for loop in loops:
             if not loop.scheduler.has_work or not load.free_for(loop):
                 continue
             if landing.lets_send(loop, now) and self._step(loop):

@@ -99,6 +99,7 @@ class Generation:
         )
         self.admission = Admission(self.setting, arena.num_ranks)
         memory.chains.use(self.kv.prefixes)
+        self._has_prefill_lanes = False
         self.num_departures = 0
         self.step_ids = count(1)
         self.last_sent = 0
@@ -225,8 +226,7 @@ class Generation:
     def advance_moves(self) -> list[SwitchReport]:
         """One turn of the switch under way and of hand-overs; reports of switches that ended."""
         reports = self.switcher.advance()
-        has_prefill_lanes = any(loop.lane.role == "prefill" for loop in self.loops.values())
-        if has_prefill_lanes or not self.hand_overs.is_idle:
+        if self._has_prefill_lanes or not self.hand_overs.is_idle:
             self.hand_overs.advance(may_propose=self.switcher.is_waiting)
         return reports
 
@@ -334,6 +334,7 @@ class Generation:
     def _meet_neighbours(self) -> None:
         """Lanes that share ranks watch each other's slack."""
         loops = self.loops.values()
+        self._has_prefill_lanes = any(loop.lane.role == "prefill" for loop in loops)
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]
@@ -378,11 +379,6 @@ class Generation:
         """How early a rank gets its next step: at once while turns do a switch's work, too."""
         is_filling = not self.switcher.is_waiting and not self.landing.is_aiming
         return inf if is_filling else SEND_AHEAD_S
-
-    def next_send_s(self, now: float) -> float:
-        """When the next step is due that waits for its time, not for room."""
-        times = [self.rank_load.send_at_s(loop) for loop in self.loops.values()]
-        return min((at_s for at_s in times if at_s > now), default=inf)
 
     def turn_order(self) -> TurnOrder:
         """Which of the lanes that share ranks goes first."""

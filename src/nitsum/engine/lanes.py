@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
@@ -84,28 +84,52 @@ class RankLoad:
     """When each rank will be through with them."""
     last_s: list[float] = field(default_factory=list[float])
     """Predicted time of the step sent to each rank last."""
+    _send_at_s: list[float] = field(default_factory=list[float])
+    """When each rank should get its next step; infinite while it has no room for one."""
 
     def __post_init__(self) -> None:
         self.ahead_s = [0.0 for _ in self.num_in_flight]
         self.free_s = [0.0 for _ in self.num_in_flight]
         self.last_s = [0.0 for _ in self.num_in_flight]
+        self._send_at_s = [0.0 for _ in self.num_in_flight]
 
     @property
     def is_full(self) -> bool:
         """No rank can take a step."""
         return min(self.num_in_flight) >= STEPS_AHEAD
 
+    def send_ahead(self, seconds: float) -> None:
+        """Ranks get their next steps so long before they are through, from now on."""
+        if seconds != self.send_ahead_s:
+            self.send_ahead_s = seconds
+            for rank in range(len(self._send_at_s)):
+                self._plan(rank)
+
+    def _plan(self, rank: int) -> None:
+        num_in_flight, at_s = self.num_in_flight[rank], 0.0
+        if num_in_flight:
+            is_full = num_in_flight >= STEPS_AHEAD
+            at_s = inf if is_full else self.free_s[rank] - self.send_ahead_s
+        self._send_at_s[rank] = at_s
+
     def send_at_s(self, loop: LaneLoop) -> float:
         """When the lane's next step should be sent; infinite while its first rank has no room for
         one (all have if no other lane uses them). Ranks that lanes share are filled at once: they
         would wait for each other."""
-        leader = loop.leader
-        num_in_flight = self.num_in_flight[leader]
-        if num_in_flight >= STEPS_AHEAD:
-            return inf
-        if not num_in_flight or loop.scheduler.neighbours:
-            return 0.0
-        return self.free_s[leader] - self.send_ahead_s
+        at_s = self._send_at_s[loop.leader]
+        return 0.0 if loop.scheduler.neighbours and at_s < inf else at_s
+
+    def due(self, loops: Iterable[LaneLoop], now: float) -> list[LaneLoop]:
+        """Lanes that should get a step now. Without room, a lane matters only to those it shares
+        ranks with: they are kept for it."""
+        at_s = self._send_at_s
+        return [loop for loop in loops if loop.scheduler.neighbours or at_s[loop.leader] <= now]
+
+    def next_send_s(self, loops: Iterable[LaneLoop], now: float) -> float:
+        """When the next step is due that waits for its time, not for room."""
+        at_s = self._send_at_s
+        times = [at_s[loop.leader] for loop in loops if not loop.scheduler.neighbours]
+        return min([time_s for time_s in times if time_s > now], default=inf)
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""
@@ -128,6 +152,7 @@ class RankLoad:
             self.ahead_s[rank] += step.predicted_s
             self.free_s[rank] = end_s
             self.last_s[rank] = step.predicted_s
+            self._plan(rank)
 
     def ended(self, step: StepInFlight, now: float) -> None:
         for rank in step.loop.lane.ranks:
@@ -136,3 +161,4 @@ class RankLoad:
             if not self.num_in_flight[rank]:
                 self.ahead_s[rank] = 0.0
             self.free_s[rank] = now + self.ahead_s[rank]
+            self._plan(rank)
