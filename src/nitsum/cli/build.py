@@ -75,6 +75,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         max_mixed_tokens=settings.max_mixed_tokens or limits.max_mixed_tokens,
         num_threads=settings.threads,
         tiers=tiers_of(settings),
+        policy=settings.policy,
         prefix_cache=settings.prefix_cache,
         seed=settings.seed,
         timeout_s=settings.step_timeout,

@@ -215,6 +215,13 @@ class ServeSettings(StepSettings, PlanSettings):
         "send spans and metrics to this OpenTelemetry collector (needs nitsum[otel])",
         "URL",
     )
+    policy: Literal["nitsum", "priority", "fcfs"] = setting(
+        one_of("nitsum", "priority", "fcfs"),
+        "nitsum",
+        "how lanes order their work; priority (by tier, then by arrival) and fcfs (by arrival) are "
+        "what to compare with",
+        "POLICY",
+    )
     controller: Literal["static", "adaptive"] = setting(
         one_of("static", "adaptive"),
         "static",

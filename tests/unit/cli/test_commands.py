@@ -123,8 +123,11 @@ def test_engine_config_on_cpu_and_on_gpu():
 
 
 def test_given_values_reach_the_engine():
-    settings = ServeSettings(kv_memory=1 << 20, max_num_seqs=3, prefix_cache=False, threads=2)
+    settings = ServeSettings(
+        kv_memory=1 << 20, max_num_seqs=3, prefix_cache=False, threads=2, policy="fcfs"
+    )
     config = build_engine_config(settings, Path("m"))
+    assert config.policy == "fcfs"
     assert (config.kv_bytes, config.max_num_seqs) == (1 << 20, 3)
     assert (config.prefix_cache, config.num_threads) == (False, 2)
 
