@@ -74,13 +74,17 @@ class LoadRun:
         vocab_size: int,
         target_of: TargetOf | None = None,
         max_open: int = MAX_OPEN,
+        drain_s: float | None = None,
     ) -> None:
-        """`max_open` bounds sockets; reaching it is counted as lateness, never hidden."""
+        """`max_open` bounds sockets; reaching it is counted as lateness, never hidden. What is not
+        answered `drain_s` after the last arrival is broken off and has no end; None waits for all.
+        """
         self.endpoint = endpoint
         self.items = items
         self.sink = sink
         self.vocab_size = vocab_size
         self.target_of = target_of or (lambda _item: Target())
+        self.drain_s = drain_s
         self.state = LoadState()
         self._room = asyncio.Semaphore(max_open)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,11 +99,22 @@ class LoadRun:
             for item in self.items:
                 await self._wait_until(item.at_s)
                 await self._start(pool, item)
-            while self._tasks:
-                await asyncio.wait(self._tasks)
+            await self._drain()
             if ticker is not None:
                 ticker.cancel()
         return self.state
+
+    async def _drain(self) -> None:
+        """Until what is under way has ended, for `drain_s` at most."""
+        start_s = time.monotonic()
+        while self._tasks:
+            left_s = None if self.drain_s is None else start_s + self.drain_s - time.monotonic()
+            if left_s is not None and left_s <= 0.0:
+                break
+            await asyncio.wait(self._tasks, timeout=left_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _tick(self, on_progress: Progress) -> None:
         while True:
@@ -122,7 +137,8 @@ class LoadRun:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        task.result()  # a mistake of ours ends the run
+        if not task.cancelled():
+            task.result()  # a mistake of ours ends the run
 
     async def _call(self, pool: Pool, item: WorkItem) -> None:
         answer = _Stream(item, item.prompt(self.vocab_size), tier=item.tier)

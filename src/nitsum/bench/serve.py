@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import msgspec
 from nitsum.bench.load import MAX_OPEN, LoadRun, LoadState, Progress
 from nitsum.bench.stream_client import Endpoint
 from nitsum.errors import NitsumError
-from nitsum.events import BothSinks, EventSink
+from nitsum.events import BothSinks
 from nitsum.metrics.eventfile import EventFile
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import Report, build_report
@@ -65,40 +66,32 @@ async def run_load(
     on_progress: Progress | None = None,
     small_samples: bool = False,
     max_open: int = MAX_OPEN,
+    drain_s: float | None = None,
 ) -> Outcome:
-    """Send `items`, record what comes back, judge it by `targets`.
+    """Send `items`, record what comes back, judge it by `targets`; `drain_s` as `LoadRun` has it.
 
     Canaries (tenant `canary`) load the server but are reported apart, in the notes.
     """
+
+    def target_of(item: WorkItem) -> Target:
+        return targets.of(item.tier, item.num_prompt) if targets else Target()
+
     recorder = Recorder()
-    if events is None:
-        state = await _send(endpoint, items, recorder, vocab_size, targets, on_progress, max_open)
-    else:
-        with EventFile(events) as file:
-            sink = BothSinks(recorder, file)
-            state = await _send(endpoint, items, sink, vocab_size, targets, on_progress, max_open)
+    with EventFile(events) if events is not None else nullcontext() as file:
+        run = LoadRun(
+            endpoint,
+            items,
+            recorder if file is None else BothSinks(recorder, file),
+            vocab_size=vocab_size,
+            target_of=target_of,
+            max_open=max_open,
+            drain_s=drain_s,
+        )
+        state = await run.run(on_progress)
     canaries = _take_canaries(recorder)
     report = build_report(recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples)
     notes = [*report.notes, *_generator_notes(state), *canaries]
     return Outcome(msgspec.structs.replace(report, notes=notes), recorder, state)
-
-
-async def _send(
-    endpoint: Endpoint,
-    items: Iterable[WorkItem],
-    sink: EventSink,
-    vocab_size: int,
-    targets: Targets | None,
-    on_progress: Progress | None,
-    max_open: int,
-) -> LoadState:
-    def target_of(item: WorkItem) -> Target:
-        return targets.of(item.tier, item.num_prompt) if targets else Target()
-
-    run = LoadRun(
-        endpoint, items, sink, vocab_size=vocab_size, target_of=target_of, max_open=max_open
-    )
-    return await run.run(on_progress)
 
 
 def with_canaries(

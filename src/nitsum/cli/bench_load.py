@@ -76,6 +76,14 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=0, help="prompt plus answer (default: the context)")
     add("--targets", type=Path, metavar="TARGETS.json", help="what to judge by (see --calibrate)")
     add("--warmup", type=float, default=0.0, metavar="SECONDS", help="arrivals left out")
+    add(
+        "--drain",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="break off what is not answered so long after the last arrival; it counts as missed "
+        "(default: wait for all)",
+    )
     add("--canary", type=float, default=0.0, metavar="SECONDS", help="a short request every ...")
     add("--small-samples", action="store_true", help="print P99 from fewer than 1,000 samples too")
 
@@ -183,6 +191,7 @@ def _load(
                 events=events,
                 on_progress=meter.show,
                 small_samples=args.small_samples,
+                drain_s=args.drain,
             )
         )
     if not outcome.state.num_done and not outcome.state.num_refused:

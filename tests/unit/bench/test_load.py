@@ -86,6 +86,17 @@ def test_every_token_is_counted_and_every_request_ends(fake: FakeEngineClient, t
     assert {record.outcome for record in records.values()} == {"length"}
 
 
+def test_what_is_not_answered_in_time_is_broken_off(tmp_path: Path):
+    slow = FakeEngineClient(delay_s=0.05)
+    with served(slow, tmp_path) as url:
+        outcome = load(url, [item("short", num_output=2), item("long", num_output=50)], drain_s=0.5)
+    outcomes = {name: each.outcome for name, each in outcome.recorder.requests.items()}
+    assert outcomes == {"short": "length", "long": "unfinished"}
+    assert 0 < outcome.recorder.requests["long"].num_output < 50
+    assert outcome.state.num_open == 0
+    assert any("no end" in note for note in outcome.report.notes)
+
+
 def test_latency_counts_from_the_planned_arrival(fake: FakeEngineClient, tmp_path: Path):
     """A request that could only be sent late is late for its user."""
     with served(fake, tmp_path) as url:
