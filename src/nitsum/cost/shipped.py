@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import msgspec
@@ -18,15 +19,23 @@ from nitsum.cost.table import CostTable, TableCost
 from nitsum.shape import ModelShape
 
 
-def shipped_cost(shape: ModelShape, machine: Machine, dtype: str) -> TableCost | None:
-    """The measured table of exactly this machine and this much work, if there is one."""
+def shipped_table(shape: ModelShape, machine: Machine, dtype: str) -> Traversable | None:
+    """The file measured on exactly this machine with this much work, if there is one."""
     if dtype != "bfloat16":
         return None
     for name, known in SHAPES.items():
         path = files("nitsum.cost") / "data" / f"steps_{machine}_{name}.json"
         if _work(known) == _work(shape) and path.is_file():
-            return TableCost(msgspec.json.decode(path.read_bytes(), type=CostTable))
+            return path
     return None
+
+
+def shipped_cost(shape: ModelShape, machine: Machine, dtype: str) -> TableCost | None:
+    """What is in that file."""
+    path = shipped_table(shape, machine, dtype)
+    if path is None:
+        return None
+    return TableCost(msgspec.json.decode(path.read_bytes(), type=CostTable))
 
 
 def chosen_cost(words: str, shape: ModelShape, machine: Machine, dtype: str) -> TableCost | None:
