@@ -86,11 +86,14 @@ class Foresight:
 
     def _figures(self, result: SimResult) -> dict[str, float]:
         report = build_report(
-            result.recorder, targets=self.targets, warmup_s=self.warmup_s, small_samples=True
+            result.recorder,
+            targets=self.targets,
+            warmup_s=self.warmup_s,
+            small_samples=True,
+            work_of=result.system.work_of,
         )
         return figures(report) | {
             "answered_per_s": answered_per_s(result.recorder, self.warmup_s),
-            "busy_share": sum(result.busy_share) / len(result.busy_share),
             "num_switches": float(len(result.reports)),
         }
 

@@ -16,16 +16,10 @@ from benchmarks.goodput.points import Point, Points, device_s, groups, save
 from benchmarks.gpu_serve import write_model
 from nitsum.bench.compare import Side as ServerSide
 from nitsum.bench.compare import running
-from nitsum.bench.provenance import hardware, summary
+from nitsum.bench.provenance import hardware
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import shipped_table
-from nitsum.events import AnyEvent
-from nitsum.metrics.eventfile import read_events
-from nitsum.metrics.figures import figures
-from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import build_report
-from nitsum.metrics.targets import load_targets
 
 VOCAB = 2000
 """Prompts are drawn from so many tokens, where a model has them."""
@@ -68,16 +62,15 @@ def _serve(job: Job, group: list[Point]) -> Iterator[Point]:
     flags = _flags(job, side.flags(job.file.num_ranks), engine)
     print(f"{side.name}: nitsum serve {shlex.join(flags)}", flush=True)
     with running(ServerSide(side.name, serve_flags=tuple(flags))) as url:
-        windows = [(point, _load(job, point, url)) for point in group]
-    events = list(read_events(engine))
-    for point, window in windows:
-        _keep(job, point, [e for e in events if window[0] <= e.at_s <= window[1]])
-        yield point
+        for point in group:
+            _load(job, point, url, engine)
+            _keep(job, point)
+            yield point
 
 
 def _flags(job: Job, of_side: list[str], events: Path) -> list[str]:
     """Ports are chosen by whoever starts it."""
-    model = job.model or _shape(job.out)
+    model = _model(job)
     return [
         model, "--device", job.file.device, *of_side,
         *(["--load-format", "dummy"] if not job.model else []), *_cost(job, model),
@@ -86,8 +79,11 @@ def _flags(job: Job, of_side: list[str], events: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _shape(out: Path) -> str:
-    folder = out / "shape"
+def _model(job: Job) -> str:
+    """The 8B shape unless there is a checkpoint."""
+    if job.model:
+        return job.model
+    folder = job.out / "shape"
     folder.mkdir(exist_ok=True)
     write_model(folder)
     return str(folder)
@@ -100,22 +96,21 @@ def _cost(job: Job, model: str) -> list[str]:
     return ["--cost", str(table)] if table is not None else []
 
 
-def _load(job: Job, point: Point, url: str) -> tuple[float, float]:
-    """Send the point's arrivals; from when to when, on the clock that the server's events use."""
+def _load(job: Job, point: Point, url: str, engine: Path) -> None:
+    """Send the point's arrivals."""
     mix = job.out / f"{point.name}.mix.json"
     save(job.file.mix(point), mix)
-    start_s = time.monotonic()
     command = [
         sys.executable, "-m", "nitsum.cli", "bench", "serve", "--url", url,
         "--trace", f"mix:{mix}", "--duration", "0", "--targets", str(job.targets),
         "--warmup", f"{job.file.warmup_s:g}", "--drain", f"{job.file.drain_s:g}",
         "--vocab", str(_vocab(job)), "--small-samples",
+        "--server-events", str(engine), "--server-model", _model(job),
         "--json", str(_events(job, point)), "--summary", str(_client(job, point)),
     ]  # fmt: skip
     lasts_s = job.file.mixes[point.mix].duration_s
     print(f"{point.name}: load {point.load:.2f}/s for {lasts_s:.0f} s", flush=True)
     subprocess.run(command, check=True)
-    return start_s, time.monotonic()
 
 
 def _vocab(job: Job) -> int:
@@ -130,19 +125,12 @@ def _client(job: Job, point: Point) -> Path:
     return job.out / f"{point.name}.client.json"
 
 
-def _keep(job: Job, point: Point, engine: list[AnyEvent]) -> None:
-    """One file a point: what the client saw, what the engine did meanwhile, where and how."""
+def _keep(job: Job, point: Point) -> None:
+    """One file a point: what the client saw, what the server did meanwhile, where and how."""
     seen: dict[str, Any] = json.loads(_client(job, point).read_text())
-    report = build_report(
-        Recorder(engine),
-        targets=load_targets(job.targets),
-        warmup_s=job.file.warmup_s,
-        small_samples=True,
-    )
-    found = {**seen["figures"], **figures(report, "engine_")}
-    notes = f"{point.side.name}, load {point.load:.2f}/s, {point.mix}; {seen['notes']}"
-    content = summary(found, notes) | {
+    content = seen | {
         "command": job.command,
         "hardware": f"{job.file.machine}; {hardware()}",
+        "notes": f"{point.side.name}, load {point.load:.2f}/s, {point.mix}; {seen['notes']}",
     }
     job.result(point).write_text(json.dumps(content, indent=1) + "\n")

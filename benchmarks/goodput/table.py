@@ -21,7 +21,9 @@ COMPARED = (
     "priority_attainment_share",
     "default_attainment_share",
     *TIMES,
+    "busy_share",
 )
+OF_RANKS = ("busy_share", "read_bytes_per_s", "flops_per_s")
 LOADS = ("best", "saturated")
 LIGHT_SHARE = 0.7
 """Of capacity: below it, priority requests are to be in time whatever else there is."""
@@ -63,7 +65,7 @@ def show(
 
 def _table(file: Points, served: Mapping[str, Figures]) -> Table:
     table = Table("point", "side", "load/s", title="served (simulated)")
-    for name in ("goodput/s", "priority met", "default met", "TTFT P99 ms", "TPOT P99 ms"):
+    for name in ("goodput/s", "priority met", "default met", "TTFT P99 ms", "TPOT P99 ms", "busy"):
         table.add_column(name, justify="right")
     for point in file.points:
         cells = (_cell(served.get(point.name, {}), point.simulated, name) for name in COMPARED)
@@ -87,8 +89,10 @@ def ratios_of(file: Points, found: Mapping[str, Figures]) -> dict[str, float]:
     """Those whose points are there. Goodput: ours over theirs, each at its own best load (`_peak`),
     both at 1.5 times saturation, and the smaller of the two. Times of priority requests: ours over
     those of the widest static layout that serves the same priority requests and nothing else.
+    Busy shares, above saturation: the mean over ranks of ours, and of the best under `fcfs`.
     """
-    return dict(_goodput_ratios(found)) | dict(_times(found)) | dict(_attained(file, found))
+    ratios = dict(_goodput_ratios(found)) | dict(_times(found)) | dict(_attained(file, found))
+    return ratios | dict(_busy(found))
 
 
 def _goodput_ratios(found: Mapping[str, Figures]) -> Iterator[tuple[str, float]]:
@@ -135,6 +139,12 @@ def _attained(file: Points, found: Mapping[str, Figures]) -> Iterator[tuple[str,
     ]
     if light:
         yield "priority_attainment", min(light)
+
+
+def _busy(found: Mapping[str, Figures]) -> Iterator[tuple[str, float]]:
+    pairs = (("gpu_busy_share", "ours"), ("gpu_busy_share_static", "static_fcfs"))
+    for name, side in pairs:
+        yield from _named((name, found.get(f"{side}_saturated", {}).get("busy_share")))
 
 
 def _ratio(found: Mapping[str, Figures], figure: str, ours: str, theirs: str) -> float | None:
@@ -184,6 +194,9 @@ def _of_point(point: Point, served: Figures | None) -> Iterable[tuple[str, float
             yield f"sim_{point.name}_{name}", point.simulated[name]
         if served is not None and name in served:
             yield f"{point.name}_{name}", served[name]
+    for name, value in (served or {}).items():
+        if name.startswith("rank") and name.partition("_")[2] in OF_RANKS:
+            yield f"{point.name}_{name}", value
     if served is not None and point.simulated.get(GOODPUT):
         error = point.simulated[GOODPUT] / served[GOODPUT] - 1.0 if served.get(GOODPUT) else None
         if error is not None:

@@ -11,6 +11,7 @@ import msgspec
 
 from nitsum.plan import Group
 from nitsum.request import FinishReason
+from nitsum.step import RankTime
 
 
 class Event(msgspec.Struct, frozen=True, tag=True):
@@ -80,6 +81,15 @@ class StepEnded(Event, frozen=True, kw_only=True):
     group: Group
     seconds: float
     tokens: list[tuple[str, int]]
+    waited_s: float = 0.0
+    """Of `seconds`, how long the lane's leader waited for its peers, as far as it can tell."""
+
+
+class RankTimed(Event, frozen=True, kw_only=True):
+    """What steps took a rank that does not lead their lane; they may not have ended yet."""
+
+    rank: int
+    steps: list[RankTime]
 
 
 class Displaced(Event, frozen=True, kw_only=True):
@@ -258,6 +268,7 @@ AnyEvent = (
     | Started
     | StepSent
     | StepEnded
+    | RankTimed
     | Displaced
     | Resumed
     | Preempted

@@ -27,6 +27,7 @@ from nitsum.events import PlanDecided, PlanJudged
 from nitsum.plan import Group
 from nitsum.request import FinishReason, Request, SamplingParams
 from nitsum.snapshot import Tally
+from nitsum.step import RankTime
 
 # --- start of a worker ----------------------------------------------------------------------------
 
@@ -323,6 +324,15 @@ class StepDone(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     """Float32 [hidden size] of the position a token was drawn from, where it was asked for."""
     idle_s: float = 0.0
     """On a GPU: time from the end of what the rank's device did before to the start of the step."""
+    waited_s: float = 0.0
+    """Of `seconds`, inside collectives, as far as the rank can tell."""
+
+
+class StepsTimed(msgspec.Struct, tag=True, frozen=True):
+    """From the other ranks of lanes: what their last steps took them, a few at a time."""
+
+    rank: int
+    steps: list[RankTime]
 
 
 class MoveDone(msgspec.Struct, tag=True, frozen=True):
@@ -339,7 +349,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-FromWorker = Ready | StepDone | MoveDone | Failed
+FromWorker = Ready | StepDone | StepsTimed | MoveDone | Failed
 
 # --- engine process -> whoever started it ------------------------------------------------------
 

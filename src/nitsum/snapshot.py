@@ -52,6 +52,8 @@ class Tally(msgspec.Struct, frozen=True):
     """Some of them, the oldest first; empty before the first."""
     rank_busy_s: list[float]
     """Time spent in steps, by rank."""
+    rank_waiting_s: list[float]
+    """Of that, waiting for peers inside collectives, as far as ranks can tell."""
     rank_busy_ratio: list[float]
     """The same as a share of the last seconds, 0..1."""
     switch_gaps: Buckets

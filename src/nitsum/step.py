@@ -1,4 +1,4 @@
-"""A step as the scheduler composes it, and its shape as the cost model sees it."""
+"""A step as the scheduler composes it, its shape as the cost model sees it, and what it took."""
 
 from __future__ import annotations
 
@@ -79,3 +79,40 @@ def batch_shape(chunks: tuple[Chunk, ...]) -> BatchShape:
             prefill += n
             prefill_context += n * chunk.start + n * (n + 1) // 2
     return BatchShape(num_decode, decode_context, prefill, prefill_context, num_samples)
+
+
+class StepWork(NamedTuple):
+    """The least that one rank has to do for a step."""
+
+    num_bytes: int
+    """Read: weights once, and the KV of decodes."""
+    flops: int
+    """Of products and of prompts' attention."""
+
+
+class RankTime(NamedTuple):
+    """What a step took one rank of its lane."""
+
+    step_id: int
+    seconds: float
+    """Waiting for the others included."""
+    waited_s: float
+    """Of that, in collectives, as far as the rank can tell."""
+
+
+TIMES_A_REPORT = 32
+
+
+class RankTimes:
+    """Gathers what steps took a rank, so that they can be told a few at a time."""
+
+    def __init__(self) -> None:
+        self._times: list[RankTime] = []
+
+    def add(self, time: RankTime) -> list[RankTime]:
+        """All that was gathered, once there is enough of it; else nothing."""
+        self._times.append(time)
+        if len(self._times) < TIMES_A_REPORT:
+            return []
+        told, self._times = self._times, []
+        return told

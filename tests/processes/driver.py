@@ -11,7 +11,18 @@ from typing import Any
 from nitsum.config import EngineConfig
 from nitsum.engine.process_executor import ProcessExecutor
 from nitsum.kv.moves import moves
-from nitsum.messages import Join, Move, MoveDone, Pages, Pull, RowPull, Step, StepDone, Work
+from nitsum.messages import (
+    Join,
+    Move,
+    MoveDone,
+    Pages,
+    Pull,
+    RowPull,
+    Step,
+    StepDone,
+    StepsTimed,
+    Work,
+)
 from nitsum.plan import Group, default_plans
 from nitsum.request import SamplingParams
 from nitsum.shape import Geometry, ModelShape
@@ -210,7 +221,7 @@ class Driver:
         deadline_s = time.monotonic() + 60
         while len(done) < num_steps and time.monotonic() < deadline_s:
             for reply in self.executor.poll(1.0):
-                assert isinstance(reply, StepDone | MoveDone), reply
+                assert isinstance(reply, StepDone | StepsTimed | MoveDone), reply
                 if isinstance(reply, StepDone):
                     done.append(reply)
         return sorted(done, key=lambda reply: reply.step_id)

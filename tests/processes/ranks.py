@@ -78,6 +78,18 @@ def time_all_reduce(
     return statistics.median(times)
 
 
+def wait_for_a_late_one(
+    shared: Shared, group: Group, rank: int, pause_s: float
+) -> tuple[float, float]:
+    """A sum to which the leader comes `pause_s` late: what this rank waited, then and since."""
+    comm = comm_of(shared, group, rank)
+    comm.all_reduce(torch.zeros(1, 8))
+    comm.take_waited_s()
+    time.sleep(pause_s if comm.is_leader else 0.0)
+    comm.all_reduce(torch.zeros(1, 8))
+    return comm.take_waited_s(), comm.take_waited_s()
+
+
 def wait_alone(shared: Shared, group: Group, rank: int) -> str:
     """The message of a collective that nobody else joins."""
     comm = comm_of(shared, group, rank)

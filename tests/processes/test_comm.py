@@ -53,6 +53,13 @@ def test_a_step_s_collectives_one_after_the_other(pool: Pool, group: Group):
             assert seen == [total, total, *vocabulary, step, step + 1, step + 2]
 
 
+def test_a_rank_knows_how_long_it_waited(pool: Pool):
+    group = Group(2, 0)
+    waited = pool.run(ranks.wait_for_a_late_one, {rank: (group, rank, 0.5) for rank in group.ranks})
+    assert waited[0][0] < 0.25 < waited[1][0] < 5.0
+    assert [since for _, since in waited.values()] == [0.0, 0.0]
+
+
 def test_a_late_rank_is_named(pool: Pool):
     """Rank 1 arrives and waits too; ranks 2 and 3 never come. The last test of this pool: a group
     that missed somebody is of no use afterwards, as in a real generation."""

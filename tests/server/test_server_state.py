@@ -28,6 +28,7 @@ TALLY = Tally(
     num_replayed=6,
     last_restarts=[Restart(2.5, 6)],
     rank_busy_s=[12.5],
+    rank_waiting_s=[2.5],
     rank_busy_ratio=[0.75],
     switch_gaps=Buckets([0.1, 0.2], [2, 1, 1], 0.9),
     plan_memory_bytes={"TP1": 1024},
@@ -169,6 +170,7 @@ nitsum:starvation_promotions_total{tier="batch"} 2.0
 nitsum:refusals_total{code="rate_limit_exceeded",tier="flex"} 5.0
 nitsum:gpu_busy_ratio{rank="0"} 0.75
 nitsum:rank_busy_seconds_total{rank="0"} 12.5
+nitsum:rank_waiting_seconds_total{rank="0"} 2.5
 nitsum:memory_bytes{rank="0",use="weights"} 4096.0
 nitsum:worker_restarts_total 1.0
 nitsum:replayed_requests_total 6.0

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from nitsum.clock import VirtualClock
 from nitsum.cost.protocol import FixedCost
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import Move, MoveDone, Pull, Step, StepDone, Work
+from nitsum.messages import Move, MoveDone, Pull, Step, StepDone, StepsTimed, Work
 from nitsum.plan import Group
 from nitsum.request import Request, SamplingParams, Sequence
 from nitsum.sim.executor import SimExecutor, work_shape
-from nitsum.step import Chunk, batch_shape
+from nitsum.step import TIMES_A_REPORT, Chunk, RankTime, batch_shape
 
 ARENA = ArenaShape(num_ranks=2, num_units=64, units_per_block=2, block_tokens=4, unit_bytes=10**8)
 TP1_0, TP1_1, TP2 = Group(1, 0), Group(1, 1), Group(2, 0)
@@ -46,10 +46,22 @@ def test_a_step_waits_for_all_its_ranks():
     assert replies(target) == [
         (1.0, StepDone(1, 0, [0], 1.0)),
         (3.0, StepDone(2, 1, [0], 3.0)),
-        (5.0, StepDone(3, 0, [0], 4.0)),  # two of them waiting for rank 1
+        (5.0, StepDone(3, 0, [0], 4.0, waited_s=2.0)),  # for rank 1
         (6.0, StepDone(4, 0, [0], 1.0)),
     ]
     assert target.busy_s == [4.0, 5.0]
+
+
+def test_ranks_that_do_not_lead_say_now_and_then_what_steps_took_them():
+    target = executor()
+    send(target, 0, TP1_0, 2)
+    for step_id in range(1, TIMES_A_REPORT + 1):
+        send(target, step_id, TP2, 1)
+    told = [reply for _, reply in replies(target) if isinstance(reply, StepsTimed)]
+    assert [(each.rank, len(each.steps)) for each in told] == [(1, TIMES_A_REPORT)]
+    first, second, *_ = told[0].steps
+    assert first == RankTime(1, 3.0, 2.0)  # it waits for rank 0
+    assert second == RankTime(2, 1.0, 0.0)
 
 
 def test_a_move_waits_for_the_messages_it_names():

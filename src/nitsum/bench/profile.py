@@ -25,7 +25,18 @@ from nitsum.cost.table import CostTable, Provenance
 from nitsum.engine.executor import Executor
 from nitsum.errors import ConfigError, NitsumError
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import Join, Move, MoveDone, Pages, Pull, RowPull, Step, StepDone, Work
+from nitsum.messages import (
+    Join,
+    Move,
+    MoveDone,
+    Pages,
+    Pull,
+    RowPull,
+    Step,
+    StepDone,
+    StepsTimed,
+    Work,
+)
 from nitsum.plan import Group, all_groups
 from nitsum.request import SamplingParams
 from nitsum.shape import round_up
@@ -250,6 +261,8 @@ class Profiler:
             replies = self.executor.poll(1.0)
             now_s = time.monotonic()
             for reply in replies:
+                if isinstance(reply, StepsTimed):
+                    continue
                 assert isinstance(reply, StepDone | MoveDone), reply
                 yield reply, now_s
                 count -= 1

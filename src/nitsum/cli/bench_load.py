@@ -7,6 +7,8 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,24 @@ from nitsum.bench.provenance import summary
 from nitsum.bench.serve import Outcome, find_endpoint, run_load, with_canaries
 from nitsum.bench.stream_client import Endpoint
 from nitsum.cli.progress import note
+from nitsum.cost.analytic import step_work
+from nitsum.cost.shapes import shape_named
 from nitsum.errors import ConfigError, NitsumError
+from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.figures import figures
 from nitsum.metrics.html import save_html
-from nitsum.metrics.report import Report, print_report
+from nitsum.metrics.records import Recorder
+from nitsum.metrics.report import Report, print_report, with_server
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.server.run import loop_factory
+from nitsum.shape import Geometry
 from nitsum.sim.source import read_source
 from nitsum.workload.generate import generate
 from nitsum.workload.spec import MixSpec
 
 _LINES_EVERY_S = 10.0
+_FLUSHED_S = 1.0
+"""An engine that has become idle has written its events by then."""
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +50,18 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--html", type=Path, metavar="REPORT.html", help="write a report with plots"
     )
     parser.add_argument("--summary", type=Path, metavar="OUT.json", help="write the figures")
+    parser.add_argument(
+        "--server-events",
+        type=Path,
+        metavar="FILE",
+        help="what its --events writes, on this machine: adds what ranks did, and switches",
+    )
+    parser.add_argument(
+        "--server-model",
+        default="",
+        metavar="MODEL",
+        help="its shape or folder: adds what ranks read (in bfloat16) and compute a second",
+    )
     parser.add_argument(
         "--calibrate",
         type=Path,
@@ -94,6 +115,8 @@ def run_serve(args: argparse.Namespace) -> int:
         return asyncio.run(_calibrate(args))
     endpoint, context = asyncio.run(_find(args, args.url))
     outcome = _load(args, endpoint, context, args.json)
+    if args.server_events is not None:
+        outcome = _with_server(args, outcome)
     print_report(outcome.report)
     if args.html is not None:
         save_html(
@@ -107,6 +130,16 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.summary is not None:
         _write(args.summary, summary(figures(outcome.report), "; ".join(outcome.report.notes)))
     return 0
+
+
+def _with_server(args: argparse.Namespace, outcome: Outcome) -> Outcome:
+    time.sleep(_FLUSHED_S)
+    server = Recorder(read_events(args.server_events, is_growing=True))
+    work_of = None
+    if args.server_model:
+        widest = max((step.group.degree for step in server.steps), default=1)
+        work_of = partial(step_work, Geometry(shape_named(args.server_model), widest))
+    return replace(outcome, report=with_server(outcome.report, server, work_of))
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -167,6 +167,7 @@ def _report(
         targets=targets,
         warmup_s=settings.warmup,
         small_samples=settings.small_samples,
+        work_of=result.system.work_of,
     )
     if settings.html:
         title = f"Simulated: {settings.model} on {settings.machine}, {result.system.name}"

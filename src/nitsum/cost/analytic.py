@@ -21,7 +21,7 @@ from nitsum.cost.rates import Rates, all_reduce_curve, rates_for
 from nitsum.errors import ConfigError
 from nitsum.plan import Lane
 from nitsum.shape import Geometry, ModelShape
-from nitsum.step import BatchShape
+from nitsum.step import BatchShape, StepWork
 
 _MAX_CACHED = 1 << 16
 
@@ -204,21 +204,13 @@ class AnalyticCost:
         )
 
 
-def decode_floor(
-    geometry: Geometry, degree: int, context_tokens: int, bytes_per_s: float, dtype_bytes: int = 2
-) -> float:
-    """The least a decode step can take: weights (no embedding table) and KV read once, seconds."""
-    rank = rank_shape(geometry, degree, dtype_bytes)
-    weights = sum(n * k for n, k in rank.gemms) * geometry.shape.num_layers
-    weights += rank.head[0] * rank.head[1]
-    kv_bytes = context_tokens * rank.kv_token_bytes * geometry.shape.num_layers
-    return (weights * dtype_bytes + kv_bytes) / bytes_per_s
-
-
-def prefill_floor(geometry: Geometry, degree: int, batch: BatchShape, flops_per_s: float) -> float:
-    """The least a prefill step can take: its GEMM and attention FLOPs, seconds."""
-    rank = rank_shape(geometry, degree, 1)
-    layer = 2 * batch.num_tokens * sum(n * k for n, k in rank.gemms)
-    layer += batch.prefill_context_tokens * rank.attention_flops
-    head = 2 * batch.num_samples * rank.head[0] * rank.head[1]
-    return (geometry.shape.num_layers * layer + head) / flops_per_s
+def step_work(geometry: Geometry, degree: int, batch: BatchShape, dtype_bytes: int = 2) -> StepWork:
+    """What one rank has to read (no embedding table) and to compute at least."""
+    rank, layers = rank_shape(geometry, degree, dtype_bytes), geometry.shape.num_layers
+    rows = sum(n * k for n, k in rank.gemms)
+    weights = layers * rows + rank.head[0] * rank.head[1]
+    kv_bytes = layers * batch.decode_context_tokens * rank.kv_token_bytes
+    flops = 2 * batch.num_tokens * layers * rows
+    flops += layers * batch.prefill_context_tokens * rank.attention_flops
+    flops += 2 * batch.num_samples * rank.head[0] * rank.head[1]
+    return StepWork(weights * dtype_bytes + kv_bytes, flops)

@@ -73,6 +73,7 @@ class Committer:
                 group=step.loop.group,
                 seconds=done.seconds,
                 tokens=counts,
+                waited_s=done.waited_s,
             )
         )
 

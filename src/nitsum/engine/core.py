@@ -31,11 +31,26 @@ from nitsum.engine.outputs import Outbox, error_output
 from nitsum.engine.status import status_of
 from nitsum.engine.steering import Steering
 from nitsum.errors import ApiError, ConfigError, SwitchRefused, WorkerDied
-from nitsum.events import BothSinks, EventSink, GenerationStarted, Refused, Started
+from nitsum.events import (
+    BothSinks,
+    EventSink,
+    GenerationStarted,
+    RankTimed,
+    Refused,
+    Started,
+)
 from nitsum.garbage import collect_now
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
-from nitsum.messages import FromEngine, FromWorker, MoveDone, Status, StepDone, SwitchReport
+from nitsum.messages import (
+    FromEngine,
+    FromWorker,
+    MoveDone,
+    Status,
+    StepDone,
+    StepsTimed,
+    SwitchReport,
+)
 from nitsum.request import Request, SeqState, Sequence
 from nitsum.sched.admission import queue_timeout
 from nitsum.sched.alarms import Alarms
@@ -185,6 +200,8 @@ class Core:
                 self._end_step(reply)
             elif isinstance(reply, MoveDone):
                 self.generation.acknowledge(reply.move_id, reply.bytes)
+            elif isinstance(reply, StepsTimed):
+                self.sink.emit(RankTimed(at_s=self.clock.now(), rank=reply.rank, steps=reply.steps))
 
     def _end_step(self, done: StepDone) -> None:
         step = self.generation.in_flight.pop(done.step_id)

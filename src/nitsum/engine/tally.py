@@ -19,6 +19,7 @@ from nitsum.events import (
     GenerationStarted,
     PlanDecided,
     Promoted,
+    RankTimed,
     Refused,
     StepEnded,
     SwitchEnded,
@@ -70,6 +71,8 @@ class Tally:
                 self._busy.add(event)
                 self._gaps.step(event)
                 self._num_output_tokens += sum(count for _, count in event.tokens)
+            case RankTimed():
+                self._busy.timed(event)
             case Finished():
                 self._gaps.finished(event.request_id)
             case Displaced():
@@ -126,6 +129,7 @@ class Tally:
             num_replayed=sum(restart.num_replayed for restart in restarts),
             last_restarts=[_restart(event) for event in restarts[-MAX_RECENT:]],
             rank_busy_s=list(self._busy.total_s),
+            rank_waiting_s=list(self._busy.waiting_s),
             rank_busy_ratio=self._busy.ratios(now_s),
             switch_gaps=self._gaps.report(),
             plan_memory_bytes=self._plan_memory,
@@ -146,6 +150,8 @@ class BusyRanks:
 
     def __init__(self, num_ranks: int) -> None:
         self.total_s = [0.0] * num_ranks
+        self.waiting_s = [0.0] * num_ranks
+        """Of that, inside collectives, as far as ranks can tell."""
         self._seconds: deque[tuple[int, list[float]]] = deque(maxlen=WINDOW_S + 1)
 
     def add(self, step: StepEnded) -> None:
@@ -157,6 +163,11 @@ class BusyRanks:
         for rank in step.group.ranks:
             self.total_s[rank] += step.seconds
             current[rank] += step.seconds
+        self.waiting_s[step.group.leader] += step.waited_s
+
+    def timed(self, event: RankTimed) -> None:
+        """What ranks say that do not lead."""
+        self.waiting_s[event.rank] += sum(time.waited_s for time in event.steps)
 
     def ratios(self, now_s: float) -> list[float]:
         """Share of the last `WINDOW_S` seconds, by rank."""

@@ -50,10 +50,15 @@ def write_events(path: Path, events: Iterable[AnyEvent]) -> None:
             file.emit(event)
 
 
-def read_events(path: Path) -> Iterator[AnyEvent]:
-    """The events of a file, one at a time; raises `ConfigError` naming a bad line."""
+def read_events(path: Path, *, is_growing: bool = False) -> Iterator[AnyEvent]:
+    """The events of a file, one at a time; raises `ConfigError` naming a bad line.
+
+    The last line of a file that `is_growing` may not be whole yet, and is left out then.
+    """
     with _opened(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if is_growing and not line.endswith(b"\n"):
+                return
             try:
                 yield _decoder.decode(line)
             except msgspec.DecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nitsum.metrics.percentiles import Summary
+from nitsum.metrics.ranks import mean_of
 from nitsum.metrics.report import Report, TierReport
 from nitsum.metrics.switches import SwitchSummary
 
@@ -27,8 +28,12 @@ def _overall(report: Report) -> Iterator[tuple[str, float | None]]:
     yield "num_requests", float(report.num_requests)
     for scaled in report.scaled:
         yield f"goodput_at_{scaled.factor:g}k_requests_per_s", scaled.goodput_per_s
-    if report.step_share:
-        yield "step_share", sum(report.step_share) / len(report.step_share)
+    for figure in ("step_share", "busy_share", "read_bytes_per_s", "flops_per_s"):
+        yield figure, mean_of(report.ranks, figure)
+    for number, rank in enumerate(report.ranks):
+        yield f"rank{number}_busy_share", rank.busy_share
+        yield f"rank{number}_read_bytes_per_s", rank.read_bytes_per_s
+        yield f"rank{number}_flops_per_s", rank.flops_per_s
     yield "step_prediction_error_share", report.step_prediction_error
     if report.chains.num_chains:
         yield from _summary("chain_latency", report.chains.latency_s)

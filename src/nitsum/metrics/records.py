@@ -21,6 +21,7 @@ from nitsum.events import (
     PlanJudged,
     Preempted,
     Promoted,
+    RankTimed,
     Refused,
     Resumed,
     Routed,
@@ -34,7 +35,7 @@ from nitsum.events import (
     WaveRolledBack,
 )
 from nitsum.plan import Group
-from nitsum.step import BatchShape
+from nitsum.step import BatchShape, RankTime
 
 Outcome = Literal["unfinished", "refused", "stop", "length", "abort", "error"]
 
@@ -124,6 +125,21 @@ class StepRecord:
     """The part of it that belongs to decodes."""
     predicted_s: float | None = None
     num_tokens_out: int = 0
+    waited_s: float = 0.0
+    """What the lane's leader knows to have waited for its peers."""
+    others: dict[int, RankTime] | None = None
+    """By rank, what it took those that do not lead; None before any has said so."""
+
+    def busy_s(self, rank: int) -> float:
+        """Without what `rank` waited for its peers: as it says itself, and at least what the step
+        took it longer than the quickest, since all end together. One that has said nothing was as
+        busy as the leader."""
+        times = {} if self.others is None else self.others
+        seconds, waited_s = self.seconds, self.waited_s
+        if (told := times.get(rank)) is not None:
+            _, seconds, waited_s = told
+        quickest_s = min([self.seconds, *(time.seconds for time in times.values())])
+        return max(0.0, min(seconds - waited_s, quickest_s))
 
     @property
     def shape(self) -> BatchShape:
@@ -189,6 +205,10 @@ class Recorder:
         self.decisions: list[PlanDecided | PlanJudged] = []
         self.last_s = 0.0
         self._sent: dict[int, StepSent] = {}
+        self._partly_told: dict[int, StepRecord] = {}
+        """By id, steps of several ranks of which not all have said what it took them."""
+        self._told_early: dict[int, dict[int, RankTime]] = {}
+        """By step and rank, of steps that have not ended yet."""
         for event in events:
             self.emit(event)
 
@@ -203,8 +223,12 @@ class Recorder:
                 self._arrived(event)
             case Refused():
                 self._refused(event)
+            case RankTimed():
+                self._rank_timed(event)
             case GenerationStarted():
                 self.restarts.append(event)
+                self._partly_told.clear()
+                self._told_early.clear()
             case PlanDecided() | PlanJudged():
                 self.decisions.append(event)
             case Evicted():
@@ -289,6 +313,10 @@ class Recorder:
         """Tokens count even for a request that finished with this very step."""
         sent = self._sent.pop(event.step_id, None)
         step = StepRecord(event.step_id, event.group, event.at_s, event.seconds)
+        step.waited_s = event.waited_s
+        if event.group.degree > 1:
+            step.others = self._told_early.pop(event.step_id, None)
+            self._partly_told[event.step_id] = step
         if sent is not None:
             step.sent_s, step.predicted_s = sent.at_s, sent.predicted_s
             step.num_decode, step.prefill_tokens = sent.num_decode, sent.prefill_tokens
@@ -305,6 +333,16 @@ class Recorder:
                     record.token_times.extend([at_s] * num_tokens)
             step.num_tokens_out += num_tokens
         self.steps.append(step)
+
+    def _rank_timed(self, event: RankTimed) -> None:
+        for time in event.steps:
+            step = self._partly_told.get(time.step_id)
+            if step is None:
+                self._told_early.setdefault(time.step_id, {})[event.rank] = time
+                continue
+            step.others = {**(step.others or {}), event.rank: time}
+            if len(step.others) == step.group.degree - 1:
+                del self._partly_told[time.step_id]
 
     # -- switches --
 

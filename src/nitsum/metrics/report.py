@@ -20,8 +20,9 @@ from nitsum.metrics.goodput import (
     judged,
 )
 from nitsum.metrics.percentiles import MIN_SAMPLES_P99, Summary, summarise
+from nitsum.metrics.ranks import RankUse, WorkOf, rank_use
 from nitsum.metrics.records import Recorder, RequestRecord
-from nitsum.metrics.series import output_tokens, prediction_error, prompt_tokens, step_share
+from nitsum.metrics.series import output_tokens, prediction_error, prompt_tokens
 from nitsum.metrics.switches import SwitchSummary, summarise_switches
 from nitsum.metrics.targets import Targets, own_target
 
@@ -86,8 +87,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     chains: ChainReport
     fairness: list[TierFairness]
     switches: list[SwitchSummary]
-    step_share: list[float]
-    """Per rank; includes waiting in collectives, so an upper bound of the busy share."""
+    ranks: list[RankUse]
+    """Empty where steps are not known."""
     step_prediction_error: float | None
     num_restarts: int
     notes: list[str]
@@ -100,12 +101,13 @@ def build_report(
     warmup_s: float = 0.0,
     end_s: float | None = None,
     small_samples: bool = False,
+    work_of: WorkOf | None = None,
 ) -> Report:
     """Judge a run by `targets`, or without any by what each request was held to on arrival.
 
     Requests are judged by the tier they asked for. Those that arrived in the first `warmup_s`, or
     after `end_s`, are left out of everything but switches. `small_samples` allows a P99 from fewer
-    than 1,000 samples.
+    than 1,000 samples. `work_of` knows the model, for what ranks read and compute a second.
     """
     everything = list(run.requests.values())
     window = arrival_window(everything, warmup_s, end_s)
@@ -130,10 +132,23 @@ def build_report(
         switches=summarise_switches(
             run.switches, everything, run.steps, small_samples=small_samples
         ),
-        step_share=step_share(run.steps, window),
+        ranks=rank_use(run.steps, window, work_of),
         step_prediction_error=prediction_error(run.steps),
         num_restarts=len(run.restarts),
         notes=_notes(everything, records, window, small_samples, targets),
+    )
+
+
+def with_server(report: Report, server: Recorder, work_of: WorkOf | None = None) -> Report:
+    """A client's report with what only the server's own events of the same time tell."""
+    window = report.window
+    switches = [switch for switch in server.switches if window.holds(switch.started_s)]
+    return msgspec.structs.replace(
+        report,
+        ranks=rank_use(server.steps, window, work_of),
+        switches=summarise_switches(switches, list(server.requests.values()), server.steps),
+        step_prediction_error=prediction_error(s for s in server.steps if window.holds(s.ended_s)),
+        num_restarts=len(server.restarts),
     )
 
 
@@ -256,11 +271,24 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"service gap, {fair.tier}: mean {fair.mean_gap_tokens:.0f}, max "
             f"{fair.max_gap_tokens:.0f} weighted tokens per 10 s; least/most {fair.mean_ratio:.2f}"
         )
-    if report.step_share:
-        shares = " ".join(f"{share:.0%}" for share in report.step_share)
-        console.print(f"in steps, by rank (waiting in collectives included): {shares}")
+    if report.ranks:
+        console.print(_ranks_line(report.ranks))
     for note in report.notes:
         console.print(f"note: {note}", style="dim")
+
+
+def _ranks_line(ranks: Sequence[RankUse]) -> str:
+    """Of each rank: time in steps, at work in them, bytes read and operations a second."""
+    return "by rank: " + "; ".join(_rank_words(rank) for rank in ranks)
+
+
+def _rank_words(rank: RankUse) -> str:
+    words = f"busy {rank.busy_share:.1%} (in steps {rank.step_share:.1%})"
+    if rank.read_bytes_per_s is not None and rank.flops_per_s is not None:
+        words += (
+            f", {rank.read_bytes_per_s / 1e12:.2f} TB/s read, {rank.flops_per_s / 1e12:.0f} TFLOP/s"
+        )
+    return words
 
 
 def _headline(report: Report) -> str:

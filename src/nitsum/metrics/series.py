@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from nitsum.metrics.fairness import merged
 from nitsum.metrics.goodput import TargetOf, Window, met
 from nitsum.metrics.percentiles import median
 from nitsum.metrics.records import RequestRecord, StepRecord
@@ -28,26 +27,6 @@ class LaneSpan(NamedTuple):
     first_rank: int
     degree: int
     share: float
-
-
-def step_share(steps: Iterable[StepRecord], window: Window) -> list[float]:
-    """Per rank, the share of the window inside some step.
-
-    An upper bound of the busy share: a step's time includes waiting in its collectives.
-    """
-    spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for step in steps:
-        start_s = max(window.start_s, step.ended_s - step.seconds)
-        end_s = min(window.end_s, step.ended_s)
-        if start_s < end_s:
-            for rank in step.group.ranks:
-                spans[rank].append((start_s, end_s))
-    if not spans or window.length_s <= 0:
-        return []
-    return [
-        sum(b - a for a, b in merged(spans[rank])) / window.length_s
-        for rank in range(max(spans) + 1)
-    ]
 
 
 def output_tokens(records: Iterable[RequestRecord], window: Window) -> int:

@@ -64,12 +64,19 @@ def _by_rank(tally: Tally) -> Iterator[Metric]:
         labels=("rank",),
     )
     busy_s = CounterMetricFamily("nitsum:rank_busy_seconds", "Time in steps.", labels=("rank",))
-    pairs = zip(tally.rank_busy_ratio, tally.rank_busy_s, strict=True)
-    for rank, (ratio, seconds) in enumerate(pairs):
+    waiting_s = CounterMetricFamily(
+        "nitsum:rank_waiting_seconds",
+        "Of the time in steps, waiting for peers inside collectives, as far as ranks can tell.",
+        labels=("rank",),
+    )
+    columns = zip(tally.rank_busy_ratio, tally.rank_busy_s, tally.rank_waiting_s, strict=True)
+    for rank, (ratio, seconds, waiting) in enumerate(columns):
         busy.add_metric((str(rank),), ratio)
         busy_s.add_metric((str(rank),), seconds)
+        waiting_s.add_metric((str(rank),), waiting)
     yield busy
     yield busy_s
+    yield waiting_s
     memory = GaugeMetricFamily(
         "nitsum:memory_bytes", "What a rank's memory goes to.", labels=("rank", "use")
     )

@@ -22,9 +22,20 @@ from itertools import count, repeat
 from nitsum.clock import VirtualClock
 from nitsum.cost.protocol import CostModel
 from nitsum.kv.cache import ArenaShape
-from nitsum.messages import FromWorker, Move, MoveDone, Pull, Ready, Step, StepDone, ToWorker, Work
+from nitsum.messages import (
+    FromWorker,
+    Move,
+    MoveDone,
+    Pull,
+    Ready,
+    Step,
+    StepDone,
+    StepsTimed,
+    ToWorker,
+    Work,
+)
 from nitsum.plan import Group, Lane
-from nitsum.step import BatchShape
+from nitsum.step import BatchShape, RankTime, RankTimes
 
 HOST_LATENCY_S = 200e-6
 """From the end of a step to its tokens in the engine: one message between processes."""
@@ -67,6 +78,7 @@ class SimExecutor:
         """Per rank, when the copies beside its steps are done."""
         self.busy_s = [0.0 for _ in ranks]
         """Per rank, time in steps and moves, waiting for peers not counted."""
+        self._times = [RankTimes() for _ in ranks]
         self._replies: list[tuple[float, int, FromWorker]] = []
         self._tie_breaks = count()
         return [Ready(rank, self.arena.num_units, {}, {}) for rank in ranks]
@@ -112,11 +124,18 @@ class SimExecutor:
         if self.noise:
             lasts_s *= 1.0 + self._random.uniform(-self.noise, self.noise)
         end_s = start_s + lasts_s
-        leader_s = end_s - max(now, free_s[step.group.leader])
+        leader, *others = [
+            RankTime(step.step_id, end_s - from_s, start_s - from_s)
+            for from_s in [max(now, free_s[rank]) for rank in ranks]
+        ]
         for rank in ranks:
             self._finish(rank, end_s, lasts_s)
         tokens = list(repeat(0, shape.num_samples))
-        self._reply(end_s, StepDone(step.step_id, step.group.leader, tokens, leader_s))
+        done = StepDone(step.step_id, ranks[0], tokens, leader.seconds, waited_s=leader.waited_s)
+        self._reply(end_s, done)
+        for rank, time in zip(ranks[1:], others, strict=True):
+            if told := self._times[rank].add(time):
+                self._reply(end_s, StepsTimed(rank, told))
 
     def _run_move(self, rank: int, move: Move) -> None:
         start_s = max(self.clock.now(), self._free_s[rank])

@@ -62,7 +62,11 @@ def _point(
     result: SimResult, load: float, targets: Targets, warmup_s: float, small_samples: bool
 ) -> Point:
     report = build_report(
-        result.recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples
+        result.recorder,
+        targets=targets,
+        warmup_s=warmup_s,
+        small_samples=small_samples,
+        work_of=result.system.work_of,
     )
     return Point(
         system=result.system.name,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from nitsum.config import EngineConfig, Policy
-from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.analytic import AnalyticCost, step_work
 from nitsum.cost.machines import Machine
 from nitsum.cost.memory import MemoryModel, smallest_min_tp
 from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
 from nitsum.kv.cache import ArenaShape
+from nitsum.metrics.ranks import WorkOf
 from nitsum.metrics.targets import Targets, default_targets
 from nitsum.plan import Lane, Plan, PlanSet, default_plans, parse_plan
 from nitsum.shape import Geometry, ModelShape
@@ -78,6 +80,7 @@ class System:
     config: EngineConfig
     arena: ArenaShape
     cost: CostModel
+    work_of: WorkOf
     steers: bool = False
     """The controller chooses among the plans; else the first one stays until told otherwise."""
     threshold_tokens: int = 0
@@ -98,7 +101,8 @@ def build_system(
         site.shape, site.machine, max_tp=plans.max_tp, min_tp=min_tp, dtype_bytes=site.dtype_bytes
     )
     config = _config(site, plans, policy, min_tp, arena.num_units * arena.unit_bytes)
-    return System(name, config, arena, cost)
+    work_of = partial(step_work, geometry, dtype_bytes=site.dtype_bytes)
+    return System(name, config, arena, cost, work_of)
 
 
 def _arena(site: Site, name: str, plans: PlanSet, geometry: Geometry) -> ArenaShape:

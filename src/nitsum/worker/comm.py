@@ -8,6 +8,7 @@ Every member sums all partial results itself, in shard order, so all of them get
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class GroupComm:
         self._layout = layout
         self._reverse_vocab = reverse_vocab
         self._turn = 0
+        self._waited_s = 0.0
 
     @property
     def degree(self) -> int:
@@ -132,7 +134,13 @@ class GroupComm:
         first, second = (_views(self._shared, self._layout, which) for which in (0, 1))
         return first, second
 
+    def take_waited_s(self) -> float:
+        """How long this rank has waited for its peers since this was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
     def _barrier(self) -> None:
+        started_s = time.monotonic()
         try:
             self._shared.barrier.wait(self._member, self.timeout_s)
         except BarrierTimeout as timeout:
@@ -141,6 +149,7 @@ class GroupComm:
                 f"waited {self.timeout_s:g} s in {self.group} for rank(s) "
                 f"{', '.join(map(str, missing)) or 'unknown'}."
             ) from None
+        self._waited_s += time.monotonic() - started_s
 
 
 def _add_up(partials: torch.Tensor, out: torch.Tensor) -> None:

@@ -8,13 +8,24 @@ from pathlib import Path
 
 import torch
 
-from nitsum.messages import Join, Move, MoveDone, Pages, Step, StepDone, Work, WorkerSpec
+from nitsum.messages import (
+    Join,
+    Move,
+    MoveDone,
+    Pages,
+    Step,
+    StepDone,
+    StepsTimed,
+    Work,
+    WorkerSpec,
+)
 from nitsum.model.decoder import Computed
 from nitsum.model.interface import StepInput
 from nitsum.plan import Group
 from nitsum.request import SamplingParams
 from nitsum.shape import Geometry
 from nitsum.shared import Progress, Region, Shared, comm_layout, row_tokens
+from nitsum.step import RankTime, RankTimes
 from nitsum.worker import arena as arenas
 from nitsum.worker.comm import GroupComm
 from nitsum.worker.grammar import GrammarMasks
@@ -40,6 +51,7 @@ class Runner:
         self._comms = _make_comms(spec, geometry, shared)
         kv = _map_arenas(spec, geometry, shared.arenas, spec.num_units)
         rows = [map_rows(region, spec.max_slots, row_tokens(spec)) for region in shared.rows]
+        self._times = RankTimes()
         self._pages = {group: kv[spec.rank].pages(group.degree) for group in self._comms}
         self._slots = Slots(rows[spec.rank], spec.block_tokens)
         self._grammars = GrammarMasks(Path(spec.model))
@@ -53,8 +65,9 @@ class Runner:
             _map_arenas(spec, geometry, shared.hosts, spec.num_host_units),
         )
 
-    def obey(self, message: Step | Move) -> StepDone | MoveDone | None:
-        """Carry a message out and count it as completed; a step is reported by its leader only."""
+    def obey(self, message: Step | Move) -> StepDone | StepsTimed | MoveDone | None:
+        """Carry a message out and count it as completed. A step is reported by its leader; the
+        others tell now and then what steps took them."""
         done = self._step(message) if isinstance(message, Step) else self._mover.move(message)
         self._progress.advance(self._spec.rank)
         return done
@@ -71,18 +84,27 @@ class Runner:
                 self._step(step)
         for comm in self._comms.values():
             comm.timeout_s = self._spec.timeout_s
+        self._times = RankTimes()
 
     @torch.inference_mode()
-    def _step(self, step: Step) -> StepDone | None:
+    def _step(self, step: Step) -> StepDone | StepsTimed | None:
         started_s = time.monotonic()
         comm = self._comms[step.group]
         self._take_in(step, comm.member)
         computed = self._forward(self._slots.step_input(step.work), comm, self._pages[step.group])
         drawn = self._sample(step, comm, computed)
+        took = RankTime(step.step_id, time.monotonic() - started_s, comm.take_waited_s())
         if drawn is None:
-            return None
-        seconds = time.monotonic() - started_s
-        return StepDone(step.step_id, self._spec.rank, drawn.tokens, seconds, *drawn[1:])
+            told = self._times.add(took)
+            return StepsTimed(self._spec.rank, told) if told else None
+        return StepDone(
+            step.step_id,
+            self._spec.rank,
+            drawn.tokens,
+            took.seconds,
+            *drawn[1:],
+            waited_s=took.waited_s,
+        )
 
     def _take_in(self, step: Step, member: int) -> None:
         for join in step.joins:

@@ -236,6 +236,13 @@ def test_priority_is_compared_where_it_is_worse():
     assert "priority_p99_tpot_ratio" not in ratios
 
 
+def test_ranks_are_as_busy_as_above_saturation():
+    found = Results().add("ours_saturated", 1.0, busy_share=0.9)
+    found.add("ours_best", 1.0, busy_share=0.5).add("static_fcfs_saturated", 1.0, busy_share=0.8)
+    ratios = table.ratios_of(FILE, found.of)
+    assert (ratios["gpu_busy_share"], ratios["gpu_busy_share_static"]) == (0.9, 0.8)
+
+
 # --- served --------------------------------------------------------------------------------------
 
 
@@ -265,8 +272,8 @@ def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in sides:
         figures = results[name]["figures"]
         assert figures["goodput_requests_per_s"] > 1.0
-        assert figures["engine_num_requests"] == figures["num_requests"]
-        assert 0.0 < figures["engine_step_share"] <= 1.0
+        assert 0.0 < figures["busy_share"] <= figures["step_share"] <= 1.0
+        assert figures["rank0_flops_per_s"] > 0.0
     capsys.readouterr()
     serve.run(job, served)
     assert "0 of 2 points to serve" in capsys.readouterr().out
@@ -276,6 +283,7 @@ def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["command"] == "plan; run; table"
     assert summary["figures"]["goodput_ratio_best_static_fcfs_peak"] == pytest.approx(1.0, abs=0.2)
     assert "goodput_ratio_best_static_fcfs" not in summary["figures"]
+    assert summary["figures"]["ours_best_rank0_flops_per_s"] > 0.0
 
 
 SHAPE = {

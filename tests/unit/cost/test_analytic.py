@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitsum.cost.analytic import AnalyticCost, decode_floor, prefill_floor
+from nitsum.cost.analytic import AnalyticCost, step_work
 from nitsum.cost.machines import Machine
 from nitsum.cost.rates import rates_for
 from nitsum.cost.shapes import SHAPES, shape_named
@@ -50,7 +50,7 @@ def test_parts_add_up_to_the_step(batch: BatchShape, degree: int) -> None:
 @given(batches.filter(lambda b: b.num_decode > 0))
 def test_no_step_beats_the_floor(batch: BatchShape) -> None:
     gpu = COST.machine.gpu
-    floor = decode_floor(COST.geometry, 2, batch.decode_context_tokens, gpu.memory_bytes_per_s)
+    floor = step_work(COST.geometry, 2, batch).num_bytes / gpu.memory_bytes_per_s
     full = batch._replace(num_samples=max(1, batch.num_samples))
     assert COST.step_time(lane(2), full) > floor
 
@@ -87,10 +87,10 @@ def test_wide_lanes_win_latency_and_narrow_ones_throughput() -> None:
     assert COST.step_time(one, prefill(2048)) < COST.step_time(eight, all_eight)
 
 
-def test_prefill_floor_is_flops_over_rate() -> None:
+def test_a_prompt_costs_its_products() -> None:
     matrices = LLAMA_8B.num_params - 2 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
-    floor = prefill_floor(COST.geometry, 1, BatchShape(prefill_tokens=1000), 1e15)
-    assert floor == pytest.approx(2 * 1000 * matrices / 1e15)
+    work = step_work(COST.geometry, 1, BatchShape(prefill_tokens=1000))
+    assert work.flops == 2 * 1000 * matrices
 
 
 def test_unknown_degree_says_which_exist() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nitsum.config import EngineConfig
@@ -17,6 +18,7 @@ from nitsum.events import (
     GenerationStarted,
     PlanDecided,
     Promoted,
+    RankTimed,
     Refused,
     StepEnded,
     SwitchEnded,
@@ -28,6 +30,7 @@ from nitsum.events import (
 from nitsum.plan import Group, default_plans
 from nitsum.shape import ModelShape
 from nitsum.snapshot import Restart
+from nitsum.step import RankTime
 
 BOTH, FIRST = Group(2, 0), Group(1, 0)
 
@@ -107,6 +110,12 @@ def test_it_remembers_every_restart():
     report = tally_of(restart(2, 0.3), restart(3, 0.3), restart(4, 0.5)).report(5)
     assert report.last_restarts == [Restart(0.3, 2), Restart(0.3, 2), Restart(0.5, 2)]
     assert report.num_restarts == 3
+
+
+def test_ranks_say_what_they_waited():
+    told = RankTimed(at_s=101.0, rank=1, steps=[RankTime(1, 0.5, 0.1), RankTime(2, 0.5, 0.2)])
+    tally = tally_of(msgspec.structs.replace(step(100.5, 2.0), waited_s=0.5), told)
+    assert tally.report(102.0).rank_waiting_s == pytest.approx([0.5, 0.3])
 
 
 def test_a_step_keeps_all_its_ranks_busy():

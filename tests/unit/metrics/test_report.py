@@ -12,23 +12,24 @@ import pytest
 from rich.console import Console
 
 from nitsum.cost.protocol import FixedCost
-from nitsum.events import AnyEvent, GenerationStarted
+from nitsum.events import AnyEvent, GenerationStarted, RankTimed, StepEnded
 from nitsum.metrics.figures import figures
 from nitsum.metrics.goodput import Window
 from nitsum.metrics.html import render, save_html
+from nitsum.metrics.ranks import rank_use
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import Report, build_report, print_report, save_report
+from nitsum.metrics.report import Report, build_report, print_report, save_report, with_server
 from nitsum.metrics.series import (
     lane_spans,
     output_tokens,
     prediction_error,
     prompt_tokens,
     queue_depth,
-    step_share,
     token_rate,
 )
 from nitsum.metrics.targets import default_targets
 from nitsum.plan import Group
+from nitsum.step import RankTime, StepWork
 from tests.unit.metrics.streams import TP1, TP2, in_order, life, step, switch
 
 
@@ -141,7 +142,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
 # --- series ---------------------------------------------------------------------------------------
 
 
-def test_step_share_merges_overlaps_and_clips() -> None:
+def test_time_in_steps_merges_overlaps_and_clips() -> None:
     steps = Recorder(
         in_order(
             step(1.0, seconds=1.0, group=TP1),
@@ -149,7 +150,70 @@ def test_step_share_merges_overlaps_and_clips() -> None:
             step(11.0, seconds=2.0, group=Group(1, 1)),
         )
     ).steps
-    assert step_share(steps, Window(0.0, 10.0)) == pytest.approx([0.15, 0.2])
+    ranks = rank_use(steps, Window(0.0, 10.0))
+    assert [rank.step_share for rank in ranks] == pytest.approx([0.15, 0.2])
+    assert [rank.busy_share for rank in ranks] == pytest.approx([0.15, 0.2])
+
+
+def test_a_rank_that_stood_still_is_one() -> None:
+    run = Recorder(in_order(step(1.0, group=TP2, seconds=1.0), step(11.0, seconds=2.0)))
+    ranks = rank_use(run.steps, Window(5.0, 15.0))
+    assert [rank.busy_share for rank in ranks] == pytest.approx([0.2, 0.0])
+
+
+def timed(at_s: float, rank: int, *times: RankTime) -> RankTimed:
+    return RankTimed(at_s=at_s, rank=rank, steps=list(times))
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_waiting_for_a_peer_is_no_work(is_early: bool) -> None:
+    """Rank 0 came 0.3 s before rank 1, which came 0.1 s before 2 and 3; 2 says it waited later."""
+    wide = Group(4, 0)
+    sent, ended = step(2.0, group=wide, seconds=1.0)
+    assert isinstance(ended, StepEnded)
+    told = [
+        timed(1.9 if is_early else 2.1, rank, RankTime(ended.step_id, seconds, waited_s))
+        for rank, seconds, waited_s in ((1, 0.7, 0.0), (2, 0.6, 0.2))
+    ]
+    run = Recorder([sent, *told, ended] if is_early else [sent, ended, *told])
+    (record,) = run.steps
+    # rank 3 said nothing: as busy as rank 0, whom the quickest kept waiting 0.4 s at least
+    assert [record.busy_s(rank) for rank in range(4)] == pytest.approx([0.6, 0.6, 0.4, 0.6])
+    ranks = rank_use(run.steps, Window(0.0, 2.0))
+    assert [rank.step_share for rank in ranks] == pytest.approx([0.5] * 4)
+    assert [rank.busy_share for rank in ranks] == pytest.approx([0.3, 0.3, 0.2, 0.3])
+
+
+def test_what_a_leader_knows_to_have_waited_is_no_work() -> None:
+    _, ended = step(2.0, group=TP2, seconds=1.0)
+    assert isinstance(ended, StepEnded)
+    run = Recorder([msgspec.structs.replace(ended, waited_s=0.25)])
+    assert [run.steps[0].busy_s(rank) for rank in (0, 1)] == pytest.approx([0.75, 0.75])
+
+
+def test_what_steps_read_and_compute_is_counted_by_rank() -> None:
+    run = Recorder(in_order(step(1.0, seconds=1.0), step(11.0, group=TP2, seconds=2.0)))
+    ranks = rank_use(run.steps, Window(0.0, 10.0), lambda degree, _: StepWork(8 // degree, 100))
+    # all of the first step on rank 0, half of the second on both
+    assert [rank.read_bytes_per_s for rank in ranks] == pytest.approx([1.0, 0.2])
+    assert [rank.flops_per_s for rank in ranks] == pytest.approx([15.0, 5.0])
+    found = figures(build_report(run, work_of=lambda degree, _: StepWork(8 // degree, 100)))
+    assert found == {"num_requests": 0.0}, "no arrivals, no window"
+
+
+def test_a_client_s_report_is_told_what_the_server_did() -> None:
+    client = build_report(Recorder(life("a", 0.0, [1.0, 9.0]) + life("b", 10.0, [11.0])))
+    assert client.window == Window(0.0, 10.0)
+    server = Recorder(in_order(step(4.0, group=TP2, seconds=2.0), step(30.0, seconds=9.0)))
+    both = with_server(client, server, lambda _degree, _shape: StepWork(5 * 10**12, 10**15))
+    assert [rank.busy_share for rank in both.ranks] == pytest.approx([0.2, 0.2])
+    found = figures(both)
+    assert found["rank1_busy_share"] == pytest.approx(0.2)
+    assert found["busy_share"] == pytest.approx(0.2)
+    assert found["read_bytes_per_s"] == pytest.approx(5e11)
+    text = io.StringIO()
+    print_report(both, Console(file=text, width=160))
+    assert "busy 20.0% (in steps 20.0%), 0.50 TB/s read, 100 TFLOP/s" in text.getvalue()
 
 
 def test_token_counts_respect_the_window() -> None:

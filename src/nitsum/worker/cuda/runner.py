@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nitsum.messages import Move, MoveDone, Step, StepDone, Work
+from nitsum.messages import Move, MoveDone, Step, StepDone, StepsTimed, Work
 from nitsum.plan import Group
 from nitsum.shared import Progress
+from nitsum.step import RankTime, RankTimes
 from nitsum.worker.cuda.buckets import StepShape
 from nitsum.worker.cuda.grammar import DeviceGrammars
 from nitsum.worker.cuda.lane import CudaLane
@@ -45,6 +46,11 @@ class StepUnderWay:
     end: torch.cuda.Event
     tokens: torch.Tensor | None
     reports: Reports | None
+
+    @property
+    def seconds(self) -> float:
+        """Once it has ended."""
+        return self.start.elapsed_time(self.end) / 1e3
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class CudaRunner:
         self._steps: deque[StepUnderWay | MoveUnderWay] = deque()
         """Of the main stream, in order."""
         self._beside: list[MoveUnderWay] = []
+        self._times = RankTimes()
 
     @property
     def is_idle(self) -> bool:
@@ -103,7 +110,7 @@ class CudaRunner:
             self._move(message)
         self._mover.count(self._num_obeyed)
 
-    def finished(self) -> Iterator[StepDone | MoveDone]:
+    def finished(self) -> Iterator[StepDone | StepsTimed | MoveDone]:
         """Replies to what is done by now. Raises `WorkerDied` if a wait on the device gave up."""
         while self._steps and self._steps[0].end.query():
             yield from self._report(self._steps.popleft())
@@ -178,7 +185,9 @@ class CudaRunner:
 
     # -- reports --
 
-    def _report(self, done: StepUnderWay | MoveUnderWay) -> Iterator[StepDone | MoveDone]:
+    def _report(
+        self, done: StepUnderWay | MoveUnderWay
+    ) -> Iterator[StepDone | StepsTimed | MoveDone]:
         self._progress.advance(self._rank)
         if isinstance(done, MoveUnderWay):
             launched = done.launched
@@ -187,10 +196,12 @@ class CudaRunner:
             yield MoveDone(done.move_id, self._rank, seconds, launched.num_bytes)
         elif done.tokens is not None:
             yield _step_done(done, done.tokens, self._rank)
+        elif told := self._times.add(RankTime(done.step_id, done.seconds, 0.0)):
+            yield StepsTimed(self._rank, told)
 
 
 def _step_done(done: StepUnderWay, tokens: torch.Tensor, rank: int) -> StepDone:
-    seconds = done.start.elapsed_time(done.end) / 1e3
+    seconds = done.seconds
     idle_s = done.before.elapsed_time(done.start) / 1e3 if done.before else 0.0
     num_draws = len(tokens)
     if done.reports is None:
