@@ -1,7 +1,9 @@
 """Where the knees are: every side under rising load in the calibrated simulator.
 
     saturation   the fastest static layout, first come first served, with always more waiting
-    best         for every policy, the layout and the load with the most requests in time
+    best         for every policy, the layout and the load with the most requests in time, of loads
+                 up to saturation: beyond, whoever may choose whom to serve in time has more to
+                 choose from, and goodput rises again
     saturated    for every policy, the layout that is best at 1.5 times saturation
     shifting     the same mix in turns, at the load at which a static layout is best
     alone        the widest layout, serving the priority requests of those loads and nothing else
@@ -33,10 +35,11 @@ from nitsum.workload.generate import generate
 from nitsum.workload.spec import MixSpec, scaled
 
 POLICIES: tuple[Policy, ...] = ("fcfs", "priority", "nitsum")
-SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, SATURATED)
+SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Loads, of saturation."""
-SHIFTING_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
-ALONE_SHARES = (0.5, 1.0, SATURATED, 2.0, 2.5, 3.0, 4.0)
+SHIFTING_SHARES = (0.5, 0.6, 0.7)
+"""With the last one its busiest phase, at one and a half times the mean, is saturated."""
+ALONE_SHARES = (0.5, 0.75, 1.0, 1.25, SATURATED, 2.0, 2.5, 3.0, 4.0)
 IN_TIME = 0.99
 _ANSWERED = 0.8
 """A layout that answers less than this share of what arrives is saturated."""

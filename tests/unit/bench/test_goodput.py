@@ -14,6 +14,7 @@ from benchmarks.goodput import serve, table
 from benchmarks.goodput.foresee import SHARES, Foresight, foresee, goodput
 from benchmarks.goodput.points import (
     CLIENT_S,
+    SATURATED,
     START_S,
     Mixes,
     Point,
@@ -157,9 +158,8 @@ def test_each_side_is_served_at_its_own_best_load_and_above_saturation():
     best = max(goodput(run) for run in found.runs if run.side == STATIC.name)
     assert points["static_fcfs_best"].simulated["goodput_requests_per_s"] == best
     assert found.points[0].name == "ours_saturated"
-    assert len([run for run in found.runs if run.side == "ours" and run.mix == "mixed"]) == len(
-        SHARES
-    )
+    mine = [run.load for run in found.runs if run.side == "ours" and run.mix == "mixed"]
+    assert sorted(mine) == pytest.approx([share * 20.0 for share in (*SHARES, SATURATED)])
 
 
 def test_a_run_is_made_once(tmp_path: Path):
