@@ -151,7 +151,7 @@ class Admission:
             self.promises[then.group].add_decode(sequence, asking.num_tokens)
         if sequence.num_remaining > 1:
             num_held = asking.num_prompt if then is not None else asking.num_tokens
-            promises.add(sequence, asking.tier, asking.num_prompt, num_held, asking.slack_s)
+            promises.add(sequence, asking.tier, asking.num_prompt, num_held)
         else:
             promises.add_decode(sequence, asking.num_tokens)
 

@@ -8,9 +8,8 @@ requests as decodes:
     prefills    a prompt is promised if at a chunk a period all promised prompts of its and higher
                 tiers, and its own, are through by its TTFT
 
-A higher tier goes before a lower one, so promising it uses up slack of the lower tiers' promises;
-what each level has left is kept, and a request that would take more is not promised. Lower tiers
-leave a part of the lane free for those above them.
+A higher tier goes before a lower one, and is promised whatever lower ones were: theirs hold unless
+more urgent work comes. Lower tiers leave a part of the lane free for those above them.
 
 A prefill lane has no decodes: its steps are as long as a full chunk, and only prompts are promised
 room there. A decode lane's steps have no chunk; it promises its part of requests that come to it.
@@ -21,7 +20,6 @@ A deadline tier is promised if all work before it and its own would be done in t
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from heapq import heappop, heappush
 from math import ceil, inf
 
 from nitsum.cost.protocol import CostModel
@@ -50,31 +48,17 @@ class _Level:
         self.pending: dict[Sequence, float] = {}
         """Seconds of the lane until each is through, on its own."""
         self.backlog_s = 0.0
-        self.taken_s = 0.0
-        """Time higher levels have taken from promises made here, summed."""
-        self._slack: list[tuple[float, int, Sequence]] = []
-        self._num_added = 0
 
-    def slack_s(self) -> float:
-        """How much later every pending promise could be through."""
-        heap = self._slack
-        while heap and heap[0][-1] not in self.pending:
-            heappop(heap)
-        return heap[0][0] - self.taken_s if heap else inf
-
-    def add(self, sequence: Sequence, seconds: float, slack_s: float) -> None:
+    def add(self, sequence: Sequence, seconds: float) -> None:
         self.pending[sequence] = seconds
         self.backlog_s += seconds
-        self._num_added += 1
-        heappush(self._slack, (slack_s + self.taken_s, self._num_added, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         seconds = self.pending.pop(sequence, None)
         if seconds is not None:
             self.backlog_s -= seconds
         if not self.pending:
-            self.backlog_s = self.taken_s = 0.0
-            self._slack.clear()
+            self.backlog_s = 0.0  # no rounding error stays
 
 
 class Promises:
@@ -126,9 +110,6 @@ class Promises:
         seconds = self.through_s(num_prompt)
         if self._ahead_s(level) + seconds > slack_s:
             return False  # the test that a busy lane fails, and the cheapest
-        for entry in self._levels[level + 1 :]:
-            if entry.slack_s() < seconds:
-                return False
         return self.can_decode(tier, num_tokens)
 
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
@@ -142,16 +123,9 @@ class Promises:
         """The same of its part among the decodes."""
         return self._decode_fits(tier, 1, num_tokens, 1.0)
 
-    def add(
-        self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float
-    ) -> None:
+    def add(self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int) -> None:
         """Promise it; `can` was asked."""
-        level = self._level_of[tier.name]
-        seconds = self.through_s(num_prompt)
-        slack_s -= self._ahead_s(level) + seconds
-        self._levels[level].add(sequence, seconds, slack_s)
-        for entry in self._levels[level + 1 :]:
-            entry.taken_s += seconds
+        self._levels[self._level_of[tier.name]].add(sequence, self.through_s(num_prompt))
         self.add_decode(sequence, num_tokens)
 
     def add_decode(self, sequence: Sequence, num_tokens: int) -> None:
