@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def show(
         point.name: results[point.name]["figures"] for point in file.points if point.name in results
     }
     simulated = {point.name: point.simulated for point in file.points}
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(_table(file, served))
     ratios = {"served": ratios_of(file, served), "simulated": ratios_of(file, simulated)}
     for name in ratios["simulated"]:
