@@ -38,7 +38,7 @@ from benchmarks.goodput.points import (
     only_priority,
     save,
 )
-from nitsum.cli.settings import BATCH_TOKENS, MIXED_TOKENS, NUM_SEQS
+from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import chosen_cost
@@ -96,14 +96,16 @@ def _site(args: argparse.Namespace) -> Site:
     device = cast(Device, args.device)
     shape, machine = shape_named(args.model), Machine.parse(args.machine)
     dtype = "bfloat16" if device == "cuda" else "float32"
+    own = LIMITS[device]
     return Site(
         model=args.model,
         shape=shape,
         machine=machine,
         dtype=dtype,
-        max_num_seqs=NUM_SEQS[device],
-        max_batch_tokens=BATCH_TOKENS[device],
-        max_mixed_tokens=MIXED_TOKENS[device],
+        block_tokens=own.block_tokens,
+        max_num_seqs=own.max_num_seqs,
+        max_batch_tokens=own.max_batch_tokens,
+        max_mixed_tokens=own.max_mixed_tokens,
         max_model_len=load_mix(args.mix).max_total_tokens,
         cost=chosen_cost(args.cost, shape, machine, dtype),
     )
