@@ -46,10 +46,6 @@ POINT_S = 0.4
 """About how long one point is measured for."""
 LEAST_STEP_S = 1e-5
 """No machine steps faster; a shorter gap says that the clock was read late."""
-HEAT_S = 0.5
-"""A GPU computes prompts for so long before they are timed. At their power its clock is lower than
-right after a pause: for an 8B model at TP 2, 1,024 tokens took 13.0 ms in the first tenths of a
-second and 15 in service."""
 FEWEST, MOST = 3, 8
 """Steps of one point."""
 MOVE_SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2)
@@ -158,11 +154,8 @@ def _tokens(shape: Shape, block_tokens: int) -> int:
 class Profiler:
     """Drives started workers."""
 
-    def __init__(
-        self, executor: Executor, arena: ArenaShape, max_tokens: int, heat_s: float = 0.0
-    ) -> None:
-        """`max_tokens`: the longest row a worker keeps; `heat_s`: see `HEAT_S`."""
-        self.heat_s = heat_s
+    def __init__(self, executor: Executor, arena: ArenaShape, max_tokens: int) -> None:
+        """`max_tokens`: the longest row a worker keeps."""
         self.executor = executor
         self.arena = arena
         self.max_tokens = max_tokens
@@ -178,8 +171,6 @@ class Profiler:
         lanes = [g for g in all_groups(self.arena.num_ranks) if g.degree == shape.degree]
         first_s = self._run(shape, lanes, 2, joins=True)
         count = int(min(MOST, max(FEWEST, POINT_S / first_s)))
-        if shape.chunk and self.heat_s:
-            self._heat(shape, lanes, count)
         # The quicker of two: what else the machine does only adds time.
         return min(self._run(shape, lanes, count + 1, joins=False) for _ in range(2))
 
@@ -228,11 +219,6 @@ class Profiler:
         return times[-1] - times[0]
 
     # -- inside --
-
-    def _heat(self, shape: Shape, lanes: list[Group], count: int) -> None:
-        until_s = time.monotonic() + self.heat_s
-        while time.monotonic() < until_s:
-            self._run(shape, lanes, count + 1, joins=False)
 
     def _move(self, source: int, src: list[int], dst: list[int]) -> float:
         self._ids += 1

@@ -15,7 +15,6 @@ from typing import Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nitsum.bench.profile import (
-    HEAT_S,
     OnPoint,
     Partial,
     Profiler,
@@ -77,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         arena = arena_of(config, shape, executor.start())
         longest = max_model_len(config, shape)
-        heat_s = HEAT_S if settings.device == "cuda" else 0.0
-        profiler = Profiler(executor, arena, longest, heat_s)
+        profiler = Profiler(executor, arena, longest)
         shapes = shapes_of(
             grid_for(config, longest), config.plans.degrees, profiler.room, config.block_tokens
         )

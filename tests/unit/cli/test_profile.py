@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ from nitsum.cli import main
 from nitsum.cost.table import TableCost
 from nitsum.engine.steering import checked_table
 from nitsum.errors import ConfigError
-from nitsum.kv.cache import ArenaShape
-from nitsum.messages import FromWorker, Ready, Step, StepDone, ToWorker
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
 
@@ -83,44 +80,6 @@ def test_a_broken_off_run_goes_on_where_it_was(tmp_path: Path):
     points = measure_points(again, shapes, partial, lambda done, total, word: None)
     assert again.num_asked == len(shapes) - 5
     assert len(points) == len(shapes)
-
-
-class Obliging:
-    """An executor whose workers answer at once."""
-
-    def __init__(self) -> None:
-        self.num_steps = 0
-        self._replies: list[FromWorker] = []
-
-    def start(self) -> list[Ready]:
-        return []
-
-    def send(self, ranks: Iterable[int], message: ToWorker) -> None:
-        assert isinstance(message, Step)
-        self.num_steps += 1
-        self._replies.append(StepDone(message.step_id, message.group.leader, [], 1e-3))
-
-    def num_sent(self, rank: int) -> int:
-        return self.num_steps
-
-    def poll(self, timeout_s: float) -> list[FromWorker]:
-        replies, self._replies = self._replies, []
-        return replies
-
-    def close(self) -> None: ...
-
-
-def num_steps_of(shape: Shape, heat_s: float) -> int:
-    executor = Obliging()
-    arena = ArenaShape(num_ranks=1, num_units=1 << 10, units_per_block=1, block_tokens=16)
-    Profiler(executor, arena, 256, heat_s).measure(shape)
-    return executor.num_steps
-
-
-def test_prompts_are_computed_for_a_while_before_they_are_timed():
-    prompt, decode = Shape(1, 0, 64, 0, 0), Shape(1, 1, 0, 32, 0)
-    assert num_steps_of(prompt, 0.05) > num_steps_of(prompt, 0.0)
-    assert num_steps_of(decode, 0.05) == num_steps_of(decode, 0.0)
 
 
 def test_a_rate_from_sizes():
