@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from nitsum.request import Sequence
 from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.composed import Composed
-from nitsum.sched.order import MIN_CHUNK, in_order
+from nitsum.sched.order import in_order
 from nitsum.sched.targets import LOOSEST, MARGIN, TIGHTEST
 from nitsum.step import EMPTY, BatchShape, Chunk, make_chunk
 
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
 
+MIN_CHUNK = 16
+"""Chunks below this cost a step's overhead and bring nothing, unless they finish a prompt."""
 PATIENCE = 4
 """Steps that may leave prefills out in a row; then they get a chunk whatever the slack says."""
 PREFILL_PART = 0.5
@@ -315,8 +317,7 @@ def _chunk_tokens(
         most = min(most, _small_chunk(lane) - step.shape.prefill_tokens)
     level = lane.setting.level(sequence)
     if lane.shares.protects(level) and not sequence.promoted and not is_alone:
-        owed = int(lane.shares.credits[level]) - step.tokens[level]
-        most = min(most, owed if owed >= min(left, MIN_CHUNK) else 0)
+        most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
     if lane.end_by_s < inf:
         most = _fitting(lane, step, sequence, most, lane.end_by_s - step.start_s)
     if not lane.rules.slack or most <= 0:

@@ -1,7 +1,7 @@
 """In what order the prompts under way get their share of a step.
 
 promoted   waited as long as their tier allows
-owed       of a tier whose guaranteed share has come to a chunk; both get a part of each step only
+owed       of a tier that has a turn coming; both only get a part of each step
 by tier    1. those that can be on time: promised ones, then the others, least slack first; among
               them late calls of chains, in the place their chain gives them
            2. those that go back so that the others are on time
@@ -20,8 +20,6 @@ from nitsum.sched.relegation import Job, given_up
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
 
-MIN_CHUNK = 16
-"""Chunks below this cost a step's overhead and bring nothing, unless they finish a prompt."""
 SETTLED_S = 2.0
 """The pace of prefills is a mean over about this time."""
 
@@ -53,7 +51,7 @@ def in_order(
     ahead: list[Sequence] = []
     by_level = list(prefills)
     for level, sequences in enumerate(prefills):
-        if sequences and _is_owed(lane, step, level):
+        if sequences and lane.shares.protects(level):
             ahead += sequences
             by_level[level] = []
         elif lane.num_promoted:
@@ -61,12 +59,6 @@ def in_order(
             by_level[level] = [s for s in sequences if not s.promoted]
     ahead.sort(key=lambda sequence: (not sequence.promoted, sequence.latest_start_s))
     return ahead, _by_level(lane, step, by_level)
-
-
-def _is_owed(lane: LaneScheduler, step: Composed, level: int) -> bool:
-    """Whether a guaranteed share has come to a chunk; what is less is saved up for one."""
-    shares = lane.shares
-    return shares.protects(level) and shares.credits[level] - step.tokens[level] >= MIN_CHUNK
 
 
 def _by_level(

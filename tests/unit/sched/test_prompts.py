@@ -6,8 +6,6 @@ from nitsum.bench.deciding import make_core
 from nitsum.request import Request, SamplingParams
 from nitsum.sched.composed import Composed
 from nitsum.sched.lane import LaneScheduler
-from nitsum.sched.limits import LaneLimits
-from nitsum.sched.order import MIN_CHUNK
 
 STEP_S = 0.016
 
@@ -94,22 +92,3 @@ def test_late_prompts_come_to_their_turn_beside_a_lane_that_leaves_no_time():
     for _ in range(100):
         lane.step()
     assert all(sequence.first_token_s is not None for sequence in late)
-
-
-def test_a_guaranteed_share_is_spent_in_chunks_worth_a_step():
-    """A prompt beside others costs a step the same for one token as for sixteen."""
-    lane = BusyLane()
-    lane.lane.limits = LaneLimits(64, 160, 160)
-    busy_with_priority(lane)
-    lane.submit("batch", 6, 8000, max_tokens=2)
-    while len(lane.lane.running[-1]) < 6:
-        lane.step()
-    lane.submit("default", 300, 4000, max_tokens=2)
-    num_tokens, batch = 0, list[int]()
-    for _ in range(400):
-        step = lane.step()
-        num_tokens += step.shape.num_tokens
-        batch += [chunk.num_tokens for chunk in step.chunks if chunk.sequence.tier == "batch"]
-    assert len(lane.lane.running[-1]) == 6
-    assert min(batch) >= MIN_CHUNK
-    assert 0.04 * num_tokens < sum(batch) < 0.06 * num_tokens
