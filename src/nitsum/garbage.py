@@ -36,7 +36,10 @@ def collect_when_told() -> None:
 
 def collect_now() -> None:
     """Everything, what was here at the start too: a generation of workers and its accounting are
-    gone, which is the one thing that leaves cycles behind, and nobody steps meanwhile."""
+    gone, which is the one thing that leaves cycles behind, and nobody steps meanwhile. Nothing
+    where Python still looks by itself: it finds them in its own time."""
+    if gc.isenabled():
+        return
     was_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
