@@ -37,6 +37,8 @@ from nitsum.server.run import loop_factory
 from nitsum.workload.items import Segment, WorkItem
 
 NUM_PROMPT, NUM_ANSWER = 1155, 211
+FRONT_DOOR_S, HOST_LATENCY_S = 0.002, 0.0014
+"""Medians of what 2x H100 served: to the engine, and from a step's end to its tokens there."""
 STREAMS_A_PROCESS = 32
 VOCAB = 100_000
 """Prompts are drawn from so many tokens."""

@@ -27,15 +27,14 @@ from pathlib import Path
 import httpx
 from msgspec.structs import replace
 
-from benchmarks.gpu_serve import wait_for_url, write_model
+from benchmarks.gpu_serve import FRONT_DOOR_S, HOST_LATENCY_S, wait_for_url, write_model
 from nitsum.metrics.targets import TierRule, load_targets, save_targets
 
 LOAD = Path(__file__).parent / "workloads" / "live_flip.yaml"
 PLANS = "TP2,2xTP1"
 WARMUP_S = 10
 RATES = (0.95, 1.0, 1.05)
-HOST = ["--front-door", "0.002", "--host-latency", "0.0014"]
-"""Medians of what 2x H100 served: to the engine, and from a step's end to its tokens there."""
+HOST = ["--front-door", f"{FRONT_DOOR_S}", "--host-latency", f"{HOST_LATENCY_S}"]
 
 
 @dataclass(frozen=True)

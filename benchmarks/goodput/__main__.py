@@ -38,6 +38,7 @@ from benchmarks.goodput.points import (
     only_priority,
     save,
 )
+from benchmarks.gpu_serve import FRONT_DOOR_S, HOST_LATENCY_S
 from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -51,8 +52,6 @@ from nitsum.workload.spec import MixSpec, load_mix
 
 HERE = Path(__file__).parent
 WORKLOADS = HERE.parent / "workloads"
-FRONT_DOOR_S, HOST_LATENCY_S = 0.002, 0.0014
-"""Medians of what 2x H100 served: to the engine, and from a step's end to its tokens there."""
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ from benchmarks.goodput.points import SATURATED, Mixes, Point, Run, Side, save
 from nitsum.config import Policy
 from nitsum.metrics.figures import figures
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import build_report
 from nitsum.metrics.targets import Targets
 from nitsum.plan import parse_plan, read_plans
 from nitsum.sim.run import Options, SimResult, simulate
@@ -88,13 +87,7 @@ class Foresight:
         )
 
     def _figures(self, result: SimResult) -> dict[str, float]:
-        report = build_report(
-            result.recorder,
-            targets=self.targets,
-            warmup_s=self.warmup_s,
-            small_samples=True,
-            work_of=result.system.work_of,
-        )
+        report = result.report(self.targets, warmup_s=self.warmup_s, small_samples=True)
         return figures(report) | {
             "answered_per_s": answered_per_s(result.recorder, self.warmup_s),
             "num_switches": float(len(result.reports)),

@@ -140,7 +140,7 @@ class Sequence:
         self.num_cached = 0
         self.num_displaced = 0
         self.num_restarts = 0
-        """How often its KV was given up; results of steps from before then confirm nothing."""
+        """How often its KV was given up."""
         self.hashes: list[int] = list(request.prefix_hashes)
         """Hashes of its leading full blocks, as far as they are known."""
         self.tier = request.tier

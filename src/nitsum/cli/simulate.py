@@ -28,7 +28,7 @@ from nitsum.metrics.eventfile import EventFile, read_events
 from nitsum.metrics.figures import figures
 from nitsum.metrics.html import save_html
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import build_report, print_report
+from nitsum.metrics.report import print_report
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.sim.page import save_page
 from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs, step_points
@@ -162,13 +162,7 @@ def _report(
     more: dict[str, float] | None = None,
 ) -> None:
     """The figures of a run; `more` are known of it by other means."""
-    report = build_report(
-        result.recorder,
-        targets=targets,
-        warmup_s=settings.warmup,
-        small_samples=settings.small_samples,
-        work_of=result.system.work_of,
-    )
+    report = result.report(targets, warmup_s=settings.warmup, small_samples=settings.small_samples)
     if settings.html:
         title = f"Simulated: {settings.model} on {settings.machine}, {result.system.name}"
         save_html(report, result.recorder, Path(settings.html), title=title, targets=targets)

@@ -112,16 +112,10 @@ class RankLoad:
             at_s = inf if is_full else self.free_s[rank] - self.send_ahead_s
         self._send_at_s[rank] = at_s
 
-    def send_at_s(self, loop: LaneLoop) -> float:
-        """When the lane's next step should be sent; infinite while its first rank has no room for
-        one (all have if no other lane uses them). Ranks that lanes share are filled at once: they
-        would wait for each other."""
-        at_s = self._send_at_s[loop.leader]
-        return 0.0 if loop.scheduler.neighbours and at_s < inf else at_s
-
     def due(self, loops: Iterable[LaneLoop], now: float) -> list[LaneLoop]:
-        """Lanes that should get a step now. Without room, a lane matters only to those it shares
-        ranks with: they are kept for it."""
+        """Lanes that should get a step now: their first rank is due (all are if no other lane uses
+        them). Ranks that lanes share are filled at once: they would wait for each other. Without
+        room, a lane matters only to those it shares ranks with: they are kept for it."""
         at_s = self._send_at_s
         return [loop for loop in loops if loop.scheduler.neighbours or at_s[loop.leader] <= now]
 

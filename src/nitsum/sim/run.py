@@ -24,6 +24,7 @@ from nitsum.errors import NitsumError
 from nitsum.events import AnyEvent, BothSinks, EventSink, SwitchStarted
 from nitsum.messages import FromEngine, Output, SwitchReport
 from nitsum.metrics.records import Recorder
+from nitsum.metrics.report import Report, build_report
 from nitsum.metrics.targets import Targets
 from nitsum.sim.executor import HOST_LATENCY_S, SimExecutor
 from nitsum.sim.feed import Feed
@@ -79,6 +80,18 @@ class SimResult:
     arena_mean_share: float = 0.0
     """Of the fullest rank's arena, in use by requests, over the time that requests were there."""
     arena_max_share: float = 0.0
+
+    def report(
+        self, targets: Targets | None, *, warmup_s: float = 0.0, small_samples: bool = False
+    ) -> Report:
+        """`build_report` of the run, which knows what model it was."""
+        return build_report(
+            self.recorder,
+            targets=targets,
+            warmup_s=warmup_s,
+            small_samples=small_samples,
+            work_of=self.system.work_of,
+        )
 
     @property
     def speedup(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from nitsum.metrics.report import Report, TierReport, build_report
+from nitsum.metrics.report import Report, TierReport
 from nitsum.metrics.targets import Targets
 from nitsum.sim.run import Options, SimResult, simulate
 from nitsum.sim.system import System
@@ -61,17 +61,10 @@ def sweep(
 def _point(
     result: SimResult, load: float, targets: Targets, warmup_s: float, small_samples: bool
 ) -> Point:
-    report = build_report(
-        result.recorder,
-        targets=targets,
-        warmup_s=warmup_s,
-        small_samples=small_samples,
-        work_of=result.system.work_of,
-    )
     return Point(
         system=result.system.name,
         load=load,
-        report=report,
+        report=result.report(targets, warmup_s=warmup_s, small_samples=small_samples),
         busy_share=sum(result.busy_share) / len(result.busy_share),
         arena_mean_share=result.arena_mean_share,
         arena_max_share=result.arena_max_share,

@@ -35,6 +35,7 @@ from nitsum.sim.run import Options
 from nitsum.sim.system import Site, site_targets
 from nitsum.workload.generate import generate
 from nitsum.workload.spec import MixSpec, read_mix, scaled
+from tests.shapes import TINY_LLAMA
 
 OURS = Side(plans=["TP2", "2xTP1"], policy="nitsum", adaptive=True)
 STATIC = Side(plans=["2xTP1"], policy="fcfs")
@@ -250,7 +251,7 @@ def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     """Two sides on CPU ranks, through HTTP; what is there already is not served again."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(SHAPE))
+    (model / "config.json").write_text(json.dumps(TINY_LLAMA))
     rules = {name: TierRule(k=100.0, tpot_s=1.0) for name in ("priority", "default")}
     rules |= {name: TierRule(deadline_s=60.0) for name in ("flex", "batch")}
     targets = Targets(source="test", prefill=[(1, 0.01), (1000, 1.0)], tiers=rules)
@@ -284,15 +285,3 @@ def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["figures"]["goodput_ratio_best_static_fcfs_peak"] == pytest.approx(1.0, abs=0.2)
     assert "goodput_ratio_best_static_fcfs" not in summary["figures"]
     assert summary["figures"]["ours_best_rank0_flops_per_s"] > 0.0
-
-
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "vocab_size": 256,
-    "max_position_embeddings": 512,
-}

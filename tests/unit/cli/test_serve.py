@@ -17,21 +17,11 @@ import pytest
 
 from nitsum.cli.serve import curl_line, memory_line, open_to_all, switch_line
 from nitsum.server.settings import ServerSettings
-
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "vocab_size": 256,
-    "max_position_embeddings": 512,
-}
+from tests.shapes import TINY_LLAMA
 
 
 def write_model(folder: Path) -> Path:
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     return folder
 
 

@@ -34,7 +34,7 @@ class Lanes:
 
     def send(self, loop: LaneLoop, predicted_s: float, takes_s: float | None = None) -> None:
         self.num_sent += 1
-        step = StepInFlight(loop, self.num_sent, (), (), self.now, BatchShape(), predicted_s)
+        step = StepInFlight(loop, self.num_sent, (), set(), self.now, BatchShape(), predicted_s)
         self.load.sent(step)
         loop.num_in_flight += 1
         ranks = set(loop.group.ranks)
@@ -51,8 +51,9 @@ class Lanes:
 
     def dispatch(self) -> None:
         self.load.held.clear()
+        due = self.load.due(self.loops, self.now)
         for loop in self.random.sample(self.loops, len(self.loops)):
-            if not self.load.free_for(loop) or self.load.send_at_s(loop) > self.now:
+            if not self.load.free_for(loop) or loop not in due:
                 continue
             if self.landing.lets_send(loop, self.now):
                 self.send(loop, *self.lasts_s(loop))
@@ -68,7 +69,7 @@ class Lanes:
 
     def wait(self) -> None:
         at_s = [end for end, _, _ in self.under_way]
-        at_s += [self.load.send_at_s(loop) for loop in self.loops]
+        at_s.append(self.load.next_send_s(self.loops, self.now))
         self.now = min((s for s in at_s if s > self.now), default=self.now)
 
 
