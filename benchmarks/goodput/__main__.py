@@ -7,7 +7,8 @@
 `plan` looks in the simulator for the loads that matter and writes the points to be served, with
 what it predicts for them, and the targets beside it; commit both. `run` starts a server for each
 side and serves it the points' arrivals, as users would, over HTTP; a point that FOLDER has already
-is left out, so a run may be broken off and go on later, elsewhere. `table` sets served beside
+is left out, so a run may be broken off and go on later, elsewhere. Neither `run` nor `table` takes
+a model, step times, targets or results other than those of the points. `table` sets served beside
 simulated and reckons the ratios; points that were not served are left out.
 
 The 8B shape with random weights on two GPUs, `benchmarks/workloads/goodput.yaml` and
@@ -27,6 +28,7 @@ from typing import cast
 import msgspec
 
 from benchmarks.goodput import serve, table
+from benchmarks.goodput.basis import basis_of, source_digest
 from benchmarks.goodput.foresee import Foresight, foresee
 from benchmarks.goodput.points import (
     Mixes,
@@ -39,6 +41,7 @@ from benchmarks.goodput.points import (
     save,
 )
 from benchmarks.gpu_serve import FRONT_DOOR_S, HOST_LATENCY_S
+from nitsum import __file__ as package
 from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -70,6 +73,7 @@ def plan(args: argparse.Namespace) -> None:
         ),
         warmup_s=args.warmup,
         folder=args.runs,
+        code=source_digest([*HERE.glob("*.py"), *Path(package).parent.rglob("*")]),
         note=_say,
     )
     found = foresee(foresight, widest, Side(plans=widest, policy="nitsum", adaptive=True))
@@ -79,6 +83,7 @@ def plan(args: argparse.Namespace) -> None:
         machine=args.machine,
         device=args.device,
         num_ranks=site.num_ranks,
+        basis=basis_of(site, LIMITS[args.device], targets),
         mixes=mixes,
         warmup_s=args.warmup,
         drain_s=args.drain,
@@ -145,6 +150,7 @@ def run(args: argparse.Namespace) -> None:
             targets=targets_of(args.points),
             out=args.out,
             model=args.model,
+            cost=args.cost,
             command=_command(),
             flags=args.flags.split(),
         ),
@@ -154,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show_table(args: argparse.Namespace) -> None:
     file = load_points(args.points)
-    table.show(file, table.read(args.folders), args.summary, _command())
+    table.show(file, table.read(file, args.folders), args.summary, _command())
 
 
 def _command() -> str:
@@ -191,6 +197,9 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     part.add_argument("--only", default="", metavar="POINT,...")
     part.add_argument("--model", default="", help="a checkpoint (default: the 8B shape, random)")
+    part.add_argument(
+        "--cost", default="", help="the table the points were planned with, if it was not shipped"
+    )
     part.add_argument("--flags", default="", help="more flags of nitsum serve")
     part = parts.add_parser("table", parents=[shared], help="served beside simulated, and ratios")
     part.set_defaults(does=show_table)

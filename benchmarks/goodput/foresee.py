@@ -9,7 +9,8 @@
     alone        the widest layout, serving the priority requests of those loads and nothing else
     capacity     the highest load whose priority requests alone it serves in time, 99% of them
 
-Every run is kept in a folder, so that what was broken off goes on.
+Every run is kept in a folder, so that what was broken off goes on; code that has changed makes them
+anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from zlib import crc32
 
 import msgspec
 
+from benchmarks.goodput.basis import steps_digest
 from benchmarks.goodput.points import SATURATED, Mixes, Point, Run, Side, save
 from nitsum.config import Policy
 from nitsum.metrics.figures import figures
@@ -56,6 +58,8 @@ class Foresight:
     options: Options
     warmup_s: float
     folder: Path
+    code: str
+    """Which code simulates; what another one made is not taken."""
     note: Note
 
     def run(self, side: Side, mix: Mixes, load: float) -> Run:
@@ -70,9 +74,10 @@ class Foresight:
         return run
 
     def _kept(self, side: Side, mix: Mixes, load: float) -> Path:
-        """Named by all that a run depends on; targets follow from the cost of steps."""
-        site = replace(self.site, cost=None)
-        rest = repr((site, self.targets, self.mixes[mix], self.options, self.warmup_s))
+        """Named by all that a run depends on."""
+        site, steps = replace(self.site, cost=None), steps_digest(self.site.cost)
+        given = site, steps, self.targets, self.mixes[mix], self.options, self.warmup_s
+        rest = repr((self.code, given))
         name = f"{mix}_{side.name}_{load:.3f}_{crc32(rest.encode()):08x}".replace(" ", "_")
         return self.folder / f"{name}.json"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from benchmarks.goodput.basis import Basis, digest
+from nitsum.cli.settings import Limits
 from nitsum.config import Policy
 from nitsum.errors import ConfigError
 from nitsum.messages import Device
@@ -39,12 +42,16 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
         """A static layout keeps its own shard of the weights and no more."""
         return read_plans(list(self.plans), num_ranks).degrees[0]
 
-    def flags(self, num_ranks: int) -> list[str]:
+    def flags(self, num_ranks: int, limits: Limits) -> list[str]:
         """Of `nitsum serve`."""
         return [
             "--ranks", str(num_ranks), "--plans", ",".join(self.plans),
             "--min-tp", str(self.min_tp(num_ranks)), "--policy", self.policy,
             "--controller", "adaptive" if self.adaptive else "static",
+            "--block-tokens", str(limits.block_tokens),
+            "--max-num-seqs", str(limits.max_num_seqs),
+            "--max-batch-tokens", str(limits.max_batch_tokens),
+            "--max-mixed-tokens", str(limits.max_mixed_tokens),
         ]  # fmt: skip
 
 
@@ -78,6 +85,8 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     device: Device
     num_ranks: int
+    basis: Basis
+    """What servers must be given, too."""
     mixes: dict[Mixes, MixSpec]
     """At one request per second, lasting as long as a point."""
     warmup_s: float
@@ -95,6 +104,19 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
 
     def mix(self, point: Point) -> MixSpec:
         return scaled(self.mixes[point.mix], point.load)
+
+    def digest(self, point: Point) -> str:
+        """Of all that a served run of the point depends on: its result is of no other point."""
+        here = self.machine, self.device, self.num_ranks, self.basis
+        return digest((*here, point.side, self.mix(point), self.warmup_s, self.drain_s))
+
+    def check(self, point: Point, result: Mapping[str, Any], path: Path) -> None:
+        """Raises `ConfigError` unless `result`, which `path` holds, is of exactly this point."""
+        if result.get("point_sha256") != self.digest(point):
+            raise ConfigError(
+                f"{path} was not served for the point {point.name} of this file, but for one of "
+                f"another plan (its load, model, step times, sizes or targets). Use another folder."
+            )
 
     def seconds(self, point: Point) -> float:
         """Of device time, without the server's start."""

@@ -20,6 +20,8 @@ from nitsum.bench.provenance import hardware
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import shipped_table
+from nitsum.cost.table import TableCost
+from nitsum.metrics.targets import load_targets
 
 VOCAB = 2000
 """Prompts are drawn from so many tokens, where a model has them."""
@@ -35,6 +37,8 @@ class Job:
     model: str
     """A checkpoint; empty: the 8B shape, which is written to `out`."""
     command: str
+    cost: str = ""
+    """A file of step times; empty: the shipped one, where points were planned with a table."""
     flags: list[str] = field(default_factory=list[str])
     """More of `nitsum serve`."""
 
@@ -45,7 +49,10 @@ class Job:
 def run(job: Job, points: list[Point]) -> None:
     """Serve those that have no result yet, server by server."""
     job.out.mkdir(parents=True, exist_ok=True)
-    missing = [point for point in points if not job.result(point).is_file()]
+    model, steps = _model(job), _steps(job)
+    cost = TableCost.load(Path(steps)) if steps else None
+    job.file.basis.check(shape_named(model), cost, load_targets(job.targets))
+    missing = [point for point in points if not _has_result(job, point)]
     expected_s = device_s(job.file, missing)
     print(f"{len(missing)} of {len(points)} points to serve: about {expected_s:.0f} s", flush=True)
     start_s = time.monotonic()
@@ -54,12 +61,21 @@ def run(job: Job, points: list[Point]) -> None:
             print(f"{time.monotonic() - start_s:5.0f} s: {point.name} served", flush=True)
 
 
+def _has_result(job: Job, point: Point) -> bool:
+    """Raises `ConfigError` for one of another plan."""
+    path = job.result(point)
+    if not path.is_file():
+        return False
+    job.file.check(point, json.loads(path.read_text()), path)
+    return True
+
+
 def _serve(job: Job, group: list[Point]) -> Iterator[Point]:
     """The points of one side, on one server."""
     side = group[0].side
     engine = job.out / f"{group[0].name}.server.jsonl"
     engine.unlink(missing_ok=True)  # a server appends
-    flags = _flags(job, side.flags(job.file.num_ranks), engine)
+    flags = _flags(job, side.flags(job.file.num_ranks, job.file.basis.limits), engine)
     print(f"{side.name}: nitsum serve {shlex.join(flags)}", flush=True)
     with running(ServerSide(side.name, serve_flags=tuple(flags))) as url:
         for point in group:
@@ -70,10 +86,11 @@ def _serve(job: Job, group: list[Point]) -> Iterator[Point]:
 
 def _flags(job: Job, of_side: list[str], events: Path) -> list[str]:
     """Ports are chosen by whoever starts it."""
-    model = _model(job)
+    steps = _steps(job)
     return [
-        model, "--device", job.file.device, *of_side,
-        *(["--load-format", "dummy"] if not job.model else []), *_cost(job, model),
+        _model(job), "--device", job.file.device, *of_side,
+        *(["--load-format", "dummy"] if not job.model else []),
+        *(["--cost", steps] if steps else []),
         "--served-model-name", "shape", "--targets", str(job.targets), "--events", str(events),
         "--ledger", "none", "--log-level", "warning", *job.flags,
     ]  # fmt: skip
@@ -89,11 +106,13 @@ def _model(job: Job) -> str:
     return str(folder)
 
 
-def _cost(job: Job, model: str) -> list[str]:
-    """The measured steps that the points were found with, for every side alike."""
+def _steps(job: Job) -> str:
+    """The file of step times that every side is given; empty: none."""
+    if job.cost or job.file.basis.steps_sha256 is None:
+        return job.cost
     dtype = "bfloat16" if job.file.device == "cuda" else "float32"
-    table = shipped_table(shape_named(model), Machine.parse(job.file.machine), dtype)
-    return ["--cost", str(table)] if table is not None else []
+    shape, machine = job.file.basis.shape, Machine.parse(job.file.machine)
+    return str(shipped_table(shape, machine, dtype) or "")
 
 
 def _load(job: Job, point: Point, url: str, engine: Path) -> None:
@@ -131,6 +150,7 @@ def _keep(job: Job, point: Point) -> None:
     content = seen | {
         "command": job.command,
         "hardware": f"{job.file.machine}; {hardware()}",
+        "point_sha256": job.file.digest(point),
         "notes": f"{point.side.name}, load {point.load:.2f}/s, {point.mix}; {seen['notes']}",
     }
     job.result(point).write_text(json.dumps(content, indent=1) + "\n")

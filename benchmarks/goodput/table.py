@@ -30,14 +30,16 @@ LIGHT_SHARE = 0.7
 """Of capacity: below it, priority requests are to be in time whatever else there is."""
 
 
-def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Results by the name of their point; of a point served twice, the later folder's."""
+def read(file: Points, folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Results by the name of their point; of a point served twice, the later folder's. Raises
+    `ConfigError` for one that was served for another plan's point."""
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            content = json.loads(path.read_text())
-            if isinstance(content, dict) and "figures" in content:
-                found[path.stem] = content
+        for point in file.points:
+            path = folder / f"{point.name}.json"
+            if path.is_file():
+                found[point.name] = json.loads(path.read_text())
+                file.check(point, found[point.name], path)
     return found
 
 

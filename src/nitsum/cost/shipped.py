@@ -25,7 +25,7 @@ def shipped_table(shape: ModelShape, machine: Machine, dtype: str) -> Traversabl
         return None
     for name, known in SHAPES.items():
         path = files("nitsum.cost") / "data" / f"steps_{machine}_{name}.json"
-        if _work(known) == _work(shape) and path.is_file():
+        if same_work(known, shape) and path.is_file():
             return path
     return None
 
@@ -46,6 +46,11 @@ def chosen_cost(words: str, shape: ModelShape, machine: Machine, dtype: str) -> 
     if words == "analytic":
         return None
     return TableCost.load(Path(words)) if words else shipped_cost(shape, machine, dtype)
+
+
+def same_work(one: ModelShape, other: ModelShape) -> bool:
+    """Whether a step of the one takes what a step of the other does."""
+    return _work(one) == _work(other)
 
 
 def _work(shape: ModelShape) -> ModelShape:

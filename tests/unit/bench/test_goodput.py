@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from benchmarks.goodput import serve, table
+from benchmarks.goodput.__main__ import HERE
+from benchmarks.goodput.basis import basis_of, source_digest
 from benchmarks.goodput.foresee import SHARES, Foresight, foresee, goodput
 from benchmarks.goodput.points import (
     CLIENT_S,
@@ -27,10 +29,14 @@ from benchmarks.goodput.points import (
     only_priority,
     save,
 )
+from benchmarks.gpu_probe import SHAPE
+from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
+from nitsum.cost.shipped import shipped_cost
 from nitsum.errors import ConfigError
-from nitsum.metrics.targets import Targets, TierRule, save_targets
+from nitsum.metrics.targets import Targets, TierRule, load_targets, save_targets
+from nitsum.shape import ModelShape
 from nitsum.sim.run import Options
 from nitsum.sim.system import Site, site_targets
 from nitsum.workload.generate import generate
@@ -39,6 +45,19 @@ from tests.shapes import TINY_LLAMA
 
 OURS = Side(plans=["TP2", "2xTP1"], policy="nitsum", adaptive=True)
 STATIC = Side(plans=["2xTP1"], policy="fcfs")
+
+
+TINY = ModelShape.from_hf(TINY_LLAMA)
+
+
+def few_targets() -> Targets:
+    rules = {name: TierRule(k=100.0, tpot_s=1.0) for name in ("priority", "default")}
+    rules |= {name: TierRule(deadline_s=60.0) for name in ("flex", "batch")}
+    return Targets(source="test", prefill=[(1, 0.01), (1000, 1.0)], tiers=rules)
+
+
+def site(name: str = "tiny", shape: ModelShape = TINY, machine: str = "2xCPU") -> Site:
+    return Site(model=name, shape=shape, machine=Machine.parse(machine))
 
 
 def mix(duration_s: float = 2.0, scale: float = 1.0) -> MixSpec:
@@ -65,6 +84,7 @@ def points_file(points: list[Point], mixed: MixSpec | None = None) -> Points:
         machine="2xCPU",
         device="cpu",
         num_ranks=2,
+        basis=basis_of(site(), LIMITS["cpu"], few_targets()),
         mixes={"mixed": mixed, "shifting": mixed, "alone": only_priority(mixed)},
         warmup_s=0.5,
         drain_s=3.0,
@@ -110,9 +130,77 @@ def test_priority_alone_arrives_when_it_did():
 
 
 def test_a_static_side_keeps_its_own_shard():
-    assert "--min-tp 2" in " ".join(Side(plans=["TP2"], policy="priority").flags(2))
-    words = " ".join(OURS.flags(2))
+    assert "--min-tp 2" in " ".join(Side(plans=["TP2"], policy="priority").flags(2, LIMITS["cpu"]))
+    words = " ".join(OURS.flags(2, LIMITS["cpu"]))
     assert "--plans TP2,2xTP1 --min-tp 1 --policy nitsum --controller adaptive" in words
+
+
+def test_a_server_has_the_sizes_that_were_simulated():
+    words = " ".join(OURS.flags(2, LIMITS["cuda"]))
+    assert "--block-tokens 32 --max-num-seqs 256 --max-batch-tokens 2048" in words
+    assert "--max-mixed-tokens 1024" in words
+
+
+def test_points_are_served_as_they_were_planned():
+    """Not with another model, other step times or other targets."""
+    shape, targets = shape_named("Llama-3.1-8B"), few_targets()
+    here = site("some/folder/Llama-3.1-8B", shape, "2xH100-80GB")
+    steps = shipped_cost(shape, here.machine, "bfloat16")
+    assert steps is not None
+    measured = basis_of(replace(here, cost=steps), LIMITS["cuda"], targets)
+    assert measured.model == "Llama-3.1-8B"
+    measured.check(ModelShape.from_hf(SHAPE), steps, targets)
+    with pytest.raises(ConfigError, match=r"planned for Llama-3\.1-8B, and this is another"):
+        measured.check(TINY, steps, targets)
+    with pytest.raises(ConfigError, match="and this is the analytic model"):
+        measured.check(shape, None, targets)
+    analytic = basis_of(here, LIMITS["cuda"], targets)
+    analytic.check(shape, None, targets)
+    with pytest.raises(ConfigError, match="planned with the analytic model, and this is the table"):
+        analytic.check(shape, steps, targets)
+    with pytest.raises(ConfigError, match="other targets"):
+        measured.check(shape, steps, targets.with_k(2.0))
+
+
+def test_the_committed_points_fit_what_is_served_by_default():
+    file = load_points(HERE / "points.json")
+    shape, machine = ModelShape.from_hf(SHAPE), Machine.parse(file.machine)
+    steps = shipped_cost(shape, machine, "bfloat16")
+    file.basis.check(shape, steps, load_targets(HERE / "targets.json"))
+
+
+@pytest.mark.parametrize("other", ["load", "drain_s", "basis"])
+def test_a_result_of_another_plan_is_not_taken(tmp_path: Path, other: str):
+    """It may have the same name."""
+    file = points_file([point("a")])
+    result = {"figures": {}, "point_sha256": file.digest(file.points[0])}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    assert table.read(file, [tmp_path]) == {"a": result}
+    plans = {
+        "load": points_file([point("a", load=3.0)]),
+        "drain_s": msgspec.structs.replace(file, drain_s=4.0),
+        "basis": msgspec.structs.replace(
+            file, basis=basis_of(site(), LIMITS["cuda"], few_targets())
+        ),
+    }
+    with pytest.raises(ConfigError, match=r"a\.json was not served for the point a"):
+        table.read(plans[other], [tmp_path])
+    save_targets(few_targets(), tmp_path / "targets.json")
+    save_shape(tmp_path / "model")
+    job = serve.Job(
+        file=plans[other],
+        targets=tmp_path / "targets.json",
+        out=tmp_path,
+        model=str(tmp_path / "model"),
+        command="run",
+    )
+    with pytest.raises(ConfigError, match=r"a\.json was not served for the point a"):
+        serve.run(job, job.file.points)
+
+
+def save_shape(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
 
 
 # --- foresight -----------------------------------------------------------------------------------
@@ -164,16 +252,16 @@ def test_each_side_is_served_at_its_own_best_load_and_above_saturation():
 
 
 def test_a_run_is_made_once(tmp_path: Path):
-    machine = Machine.parse("2xH100-80GB")
-    site = Site(model="Llama-3.1-8B", shape=shape_named("Llama-3.1-8B"), machine=machine)
+    here = site("Llama-3.1-8B", shape_named("Llama-3.1-8B"), "2xH100-80GB")
     lines: list[str] = []
     foresight = Foresight(
-        site=site,
-        targets=site_targets(site),
+        site=here,
+        targets=site_targets(here),
         mixes={"mixed": mix()},
         options=Options(drain_s=5.0),
         warmup_s=0.5,
         folder=tmp_path,
+        code="this",
         note=lines.append,
     )
     first = foresight.run(OURS, "mixed", 2.0)
@@ -185,6 +273,21 @@ def test_a_run_is_made_once(tmp_path: Path):
     arrivals = [item.at_s for item in generate(scaled(mix(), 2.0))]
     judged = [at_s for at_s in arrivals if at_s >= arrivals[0] + 0.5]
     assert first.figures["num_requests"] == len(judged)
+    replace(foresight, code="another").run(OURS, "mixed", 2.0)
+    assert len(lines) == 3
+    steps = shipped_cost(here.shape, here.machine, "bfloat16")
+    replace(foresight, site=replace(here, cost=steps)).run(OURS, "mixed", 2.0)
+    assert len(lines) == 4
+
+
+def test_code_is_told_apart(tmp_path: Path):
+    (tmp_path / "a.py").write_text("one = 1\n")
+    (tmp_path / "a.pyc").write_bytes(b"1")
+    first = source_digest(tmp_path.rglob("*"))
+    (tmp_path / "a.pyc").write_bytes(b"2")
+    assert source_digest(tmp_path.rglob("*")) == first
+    (tmp_path / "a.py").write_text("one = 2\n")
+    assert source_digest(tmp_path.rglob("*")) != first
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -250,12 +353,8 @@ def test_ranks_are_as_busy_as_above_saturation():
 def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two sides on CPU ranks, through HTTP; what is there already is not served again."""
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(TINY_LLAMA))
-    rules = {name: TierRule(k=100.0, tpot_s=1.0) for name in ("priority", "default")}
-    rules |= {name: TierRule(deadline_s=60.0) for name in ("flex", "batch")}
-    targets = Targets(source="test", prefill=[(1, 0.01), (1000, 1.0)], tiers=rules)
-    save_targets(targets, tmp_path / "targets.json")
+    save_shape(model)
+    save_targets(few_targets(), tmp_path / "targets.json")
     sides = {"ours_best": OURS, "static_fcfs_best": STATIC}
     served = [point(n, s, load=1.0, goodput_requests_per_s=7.5) for n, s in sides.items()]
     file = points_file(served, mix(scale=0.02))
@@ -268,7 +367,7 @@ def test_points_are_served_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         flags=["--load-format", "dummy", "--kv-memory", "1MiB"],
     )
     serve.run(job, served)
-    results = table.read([tmp_path / "out"])
+    results = table.read(file, [tmp_path / "out"])
     assert sides.keys() <= results.keys()
     for name in sides:
         figures = results[name]["figures"]
