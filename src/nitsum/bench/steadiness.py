@@ -7,9 +7,10 @@ else can tell.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -37,7 +38,8 @@ class Steadiness:
 
 @contextmanager
 def watched() -> Generator[Steadiness]:
-    """Time pieces of work in another process until the block ends."""
+    """Time pieces of work in another process while the block runs. Should that process die, there
+    are no figures."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_time_pieces, args=(there,), daemon=True)
@@ -45,15 +47,29 @@ def watched() -> Generator[Steadiness]:
     there.close()
     found = Steadiness()
     try:
+        _received(here)  # it is ready
         yield found
     finally:
-        here.send(None)
-        found.pieces_s = summarise(here.recv())
+        with suppress(OSError):
+            here.send(None)
+        found.pieces_s = summarise(_received(here) or ())
+        here.close()
         process.join()
 
 
+def _received(here: Connection) -> list[float] | None:
+    """None where the other side is gone."""
+    try:
+        return here.recv()
+    except (EOFError, OSError):
+        return None
+
+
 def _time_pieces(stop: Connection) -> None:
-    times: list[float] = []
+    """Until told to stop, and one piece at least."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group
+    stop.send([])
+    times = [_piece_s()]
     while not stop.poll(PERIOD_S):
         times.append(_piece_s())
     stop.send(times)
