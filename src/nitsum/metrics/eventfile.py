@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, cast
@@ -56,10 +57,23 @@ def read_events(path: Path, *, is_growing: bool = False) -> Iterator[AnyEvent]:
     The last line of a file that `is_growing` may not be whole yet, and is left out then.
     """
     with _opened(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path, is_growing), start=1):
             if is_growing and not line.endswith(b"\n"):
                 return
             try:
                 yield _decoder.decode(line)
             except msgspec.DecodeError as error:
                 raise ConfigError(f"{path}, line {number}: {error}.") from error
+
+
+def _lines(file: IO[bytes], path: Path, is_growing: bool) -> Iterator[bytes]:
+    try:
+        yield from file
+    except EOFError:
+        if not is_growing:
+            raise ConfigError(
+                f"Events {path} ends in the middle: whoever wrote it was broken off, or still "
+                f"writes. Unpack what is there (`gzip -dc`) to read that."
+            ) from None
+    except (OSError, zlib.error) as error:
+        raise ConfigError(f"Cannot read events {path}: {error}.") from error

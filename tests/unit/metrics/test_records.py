@@ -125,6 +125,30 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         list(read_events(tmp_path / "none.jsonl"))
 
 
+def test_a_packed_file_that_is_cut_off_is_said(tmp_path: Path) -> None:
+    """Its writer was killed, or has not come to its end; what is there can be had by asking."""
+    whole, cut = tmp_path / "whole.jsonl.gz", tmp_path / "cut.jsonl.gz"
+    events = [finished(f"r{i}", float(i)) for i in range(2000)]
+    write_events(whole, events)
+    cut.write_bytes(whole.read_bytes()[:-500])
+    with pytest.raises(ConfigError, match=r"cut\.jsonl\.gz ends in the middle"):
+        list(read_events(cut))
+    read = list(read_events(cut, is_growing=True))
+    assert 0 < len(read) < 2000
+    assert read == events[: len(read)]
+
+
+@pytest.mark.parametrize("at", [0, 100])
+def test_a_packed_file_that_is_none_is_said(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "events.jsonl.gz"
+    write_events(path, [finished(f"r{i}", float(i)) for i in range(100)])
+    content = bytearray(path.read_bytes())
+    content[at : at + 50] = b"x" * 50
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"events\.jsonl\.gz"):
+        list(read_events(path))
+
+
 def test_events_written_before_a_field_existed_are_still_read(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl.gz"
     line = (
