@@ -7,11 +7,12 @@ import asyncio
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,7 +33,7 @@ from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import Report, print_report, with_server
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.server.run import loop_factory
-from nitsum.shape import Geometry
+from nitsum.shape import Geometry, ModelShape
 from nitsum.sim.source import read_source
 from nitsum.workload.generate import generate
 from nitsum.workload.spec import MixSpec
@@ -109,14 +110,25 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--small-samples", action="store_true", help="print P99 from fewer than 1,000 samples too")
 
 
+@dataclass(frozen=True)
+class _Server:
+    """What the loaded server writes itself, and the model it serves."""
+
+    events: Path
+    model: ModelShape | None
+
+
 def run_serve(args: argparse.Namespace) -> int:
     """Load one server, or calibrate targets on it."""
     if args.calibrate is not None:
         return asyncio.run(_calibrate(args))
+    server = _server(args)
+    _check_folders(args.html, args.summary)
     endpoint, context = asyncio.run(_find(args, args.url))
     outcome = _load(args, endpoint, context, args.json)
-    if args.server_events is not None:
-        outcome = _with_server(args, outcome)
+    unread = None
+    if server is not None:
+        outcome, unread = _with_server(server, outcome)
     print_report(outcome.report)
     if args.html is not None:
         save_html(
@@ -129,17 +141,49 @@ def run_serve(args: argparse.Namespace) -> int:
         note(f"Report: {args.html}")
     if args.summary is not None:
         _write(args.summary, summary(figures(outcome.report), "; ".join(outcome.report.notes)))
+    if unread is not None:
+        print(f"nitsum bench: {unread}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _with_server(args: argparse.Namespace, outcome: Outcome) -> Outcome:
+def _server(args: argparse.Namespace) -> _Server | None:
+    """Raises `ConfigError` for what could not be read after the load either."""
+    path: Path | None = args.server_events
+    if path is None:
+        if args.server_model:
+            raise ConfigError("--server-model needs --server-events: what the server's ranks did.")
+        return None
+    if path.suffix == ".gz":
+        raise ConfigError(
+            f"--server-events: {path} is packed, and a server writes its --events unpacked. Name "
+            f"the file that the server writes."
+        )
+    next(read_events(path, is_growing=True), None)
+    return _Server(path, shape_named(args.server_model) if args.server_model else None)
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Of files that are written after the load."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"There is no folder {path.parent} to write {path.name} to.")
+
+
+def _with_server(server: _Server, outcome: Outcome) -> tuple[Outcome, NitsumError | None]:
+    """The outcome with what the server's events add, or, if they cannot be read, with why."""
     time.sleep(_FLUSHED_S)
-    server = Recorder(read_events(args.server_events, is_growing=True))
+    try:
+        seen = Recorder(read_events(server.events, is_growing=True))
+    except NitsumError as error:
+        notes = [*outcome.report.notes, f"without what the server did: {error}"]
+        return replace(outcome, report=msgspec.structs.replace(outcome.report, notes=notes)), error
     work_of = None
-    if args.server_model:
-        widest = max((step.group.degree for step in server.steps), default=1)
-        work_of = partial(step_work, Geometry(shape_named(args.server_model), widest))
-    return replace(outcome, report=with_server(outcome.report, server, work_of))
+    if server.model is not None:
+        widest = max((step.group.degree for step in seen.steps), default=1)
+        work_of = partial(step_work, Geometry(server.model, widest))
+    report = with_server(outcome.report, seen, work_of)
+    return replace(outcome, report=report), None
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import uvicorn
 from nitsum.bench.calibrate import calibrate, prompt_lengths
 from nitsum.bench.compare import comparison_table, ratios, read_sides
 from nitsum.bench.serve import find_endpoint, run_load, with_canaries
-from nitsum.engine.fake_client import FakeEngineClient
+from nitsum.cli import main
+from nitsum.engine.fake_client import FakeEngineClient, echo
 from nitsum.errors import ConfigError, NitsumError
 from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets, TierRule
+from nitsum.request import Request
 from nitsum.server.app import build_app
 from nitsum.server.settings import ServerSettings
 from nitsum.workload.items import CallScript, Chain, Segment, WorkItem
@@ -64,10 +67,6 @@ def load(url: str, items: list[WorkItem], **options: object):
         return await run_load(endpoint, items, vocab_size=VOCAB, **options)  # type: ignore[arg-type]
 
     return asyncio.run(run())
-
-
-def counting(prompt: list[int], max_tokens: int) -> list[int]:
-    return list(range(20, 20 + max_tokens))
 
 
 @pytest.fixture
@@ -154,6 +153,61 @@ def test_canaries_load_but_do_not_count(fake: FakeEngineClient, tmp_path: Path):
 def test_nobody_there_is_said(tmp_path: Path):
     with pytest.raises(NitsumError, match="No OpenAI-compatible server"):
         asyncio.run(find_endpoint("http://127.0.0.1:9"))
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def bench_serve(url: str, *more: str | Path) -> int:
+    load = ["--trace", "synthetic:azure_code", "--rate", "10", "--duration", "1", "--vocab", "200"]
+    return main(["bench", "serve", "--url", url, *load, *map(str, more)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--server-events", "none.jsonl"], "No such file"),
+        (["--server-events", "other.txt"], "other.txt, line 1"),
+        (["--server-events", "run.jsonl.gz"], "is packed"),
+        (["--server-events", "engine.jsonl", "--server-model", "GPT-9"], "'GPT-9' is neither"),
+        (["--server-model", "Llama-3.1-8B"], "needs --server-events"),
+        (["--summary", "nowhere/out.json"], "no folder nowhere"),
+        (["--html", "nowhere/out.html"], "no folder nowhere"),
+    ],
+)
+def test_what_could_spoil_the_report_is_said_before_the_load(
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Nobody answers there, which comes second."""
+    monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_text("a letter\n")
+    Path("run.jsonl.gz").write_bytes(b"")
+    Path("engine.jsonl").write_text("")
+    assert bench_serve("http://127.0.0.1:9", *flags) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_figures_of_a_load_outlive_the_servers_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    engine, figures = tmp_path / "engine.jsonl", tmp_path / "figures.json"
+    engine.write_text("")
+
+    def spoil(request: Request) -> Sequence[int]:
+        engine.write_text("nonsense\n")
+        return echo(request)
+
+    with served(FakeEngineClient(spoil, delay_s=0.001), tmp_path) as url:
+        code = bench_serve(url, "--server-events", engine, "--summary", figures)
+    assert code == 1
+    assert "engine.jsonl, line 1" in capsys.readouterr().err
+    written = json.loads(figures.read_text())
+    assert written["figures"]["num_requests"] > 0
+    assert "engine.jsonl, line 1" in written["notes"]
 
 
 def test_calibration_gives_ascending_prefill_times(fake: FakeEngineClient, tmp_path: Path):
