@@ -128,7 +128,7 @@ def run_serve(args: argparse.Namespace) -> int:
     outcome = _load(args, endpoint, context, args.json)
     unread = None
     if server is not None:
-        outcome, unread = _with_server(server, outcome)
+        outcome, unread = _with_server(server, outcome, args.small_samples)
     print_report(outcome.report)
     if args.html is not None:
         save_html(
@@ -170,7 +170,9 @@ def _check_folders(*paths: Path | None) -> None:
             raise ConfigError(f"There is no folder {path.parent} to write {path.name} to.")
 
 
-def _with_server(server: _Server, outcome: Outcome) -> tuple[Outcome, NitsumError | None]:
+def _with_server(
+    server: _Server, outcome: Outcome, small_samples: bool
+) -> tuple[Outcome, NitsumError | None]:
     """The outcome with what the server's events add, or, if they cannot be read, with why."""
     time.sleep(_FLUSHED_S)
     try:
@@ -182,7 +184,7 @@ def _with_server(server: _Server, outcome: Outcome) -> tuple[Outcome, NitsumErro
     if server.model is not None:
         widest = max((step.group.degree for step in seen.steps), default=1)
         work_of = partial(step_work, Geometry(server.model, widest))
-    report = with_server(outcome.report, seen, work_of)
+    report = with_server(outcome.report, seen, work_of, small_samples=small_samples)
     return replace(outcome, report=report), None
 
 

@@ -139,16 +139,23 @@ def build_report(
     )
 
 
-def with_server(report: Report, server: Recorder, work_of: WorkOf | None = None) -> Report:
+def with_server(
+    report: Report,
+    server: Recorder,
+    work_of: WorkOf | None = None,
+    *,
+    small_samples: bool = False,
+) -> Report:
     """A client's report with what only the server's own events of the same time tell."""
     window = report.window
     switches = [switch for switch in server.switches if window.holds(switch.started_s)]
+    requests = list(server.requests.values())
     return msgspec.structs.replace(
         report,
         ranks=rank_use(server.steps, window, work_of),
-        switches=summarise_switches(switches, list(server.requests.values()), server.steps),
+        switches=summarise_switches(switches, requests, server.steps, small_samples=small_samples),
         step_prediction_error=prediction_error(s for s in server.steps if window.holds(s.ended_s)),
-        num_restarts=len(server.restarts),
+        num_restarts=sum(window.holds(restart.at_s) for restart in server.restarts),
     )
 
 
