@@ -216,7 +216,7 @@ class Recorder:
         self.last_s = event.at_s
         match event:
             case StepSent():
-                self._sent[event.step_id] = event
+                self._step_sent(event)
             case StepEnded():
                 self._step_ended(event)
             case Arrived():
@@ -227,8 +227,6 @@ class Recorder:
                 self._rank_timed(event)
             case GenerationStarted():
                 self.restarts.append(event)
-                self._partly_told.clear()
-                self._told_early.clear()
             case PlanDecided() | PlanJudged():
                 self.decisions.append(event)
             case Evicted():
@@ -309,13 +307,20 @@ class Recorder:
 
     # -- steps --
 
+    def _step_sent(self, event: StepSent) -> None:
+        """Ranks tell of a step once it was sent: what is here of another with its number is of
+        workers, or a server, that are gone. Each counts from one."""
+        self._sent[event.step_id] = event
+        self._partly_told.pop(event.step_id, None)
+        self._told_early.pop(event.step_id, None)
+
     def _step_ended(self, event: StepEnded) -> None:
         """Tokens count even for a request that finished with this very step."""
         sent = self._sent.pop(event.step_id, None)
         step = StepRecord(event.step_id, event.group, event.at_s, event.seconds)
         step.waited_s = event.waited_s
-        if event.group.degree > 1:
-            step.others = self._told_early.pop(event.step_id, None)
+        step.others = self._told_early.pop(event.step_id, None)
+        if len(step.others or ()) < event.group.degree - 1:
             self._partly_told[event.step_id] = step
         if sent is not None:
             step.sent_s, step.predicted_s = sent.at_s, sent.predicted_s

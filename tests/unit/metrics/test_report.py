@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nitsum.cost.protocol import FixedCost
-from nitsum.events import AnyEvent, GenerationStarted, RankTimed, StepEnded
+from nitsum.events import AnyEvent, GenerationStarted, RankTimed, StepEnded, StepSent
 from nitsum.metrics.figures import figures
 from nitsum.metrics.goodput import Window
 from nitsum.metrics.html import render, save_html
@@ -184,6 +184,23 @@ def test_waiting_for_a_peer_is_no_work(is_early: bool) -> None:
     assert [rank.busy_share for rank in ranks] == pytest.approx([0.3, 0.3, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_ranks_tell_of_their_own_process_s_steps(is_early: bool) -> None:
+    """A file that two servers wrote one after the other: both count their steps from one."""
+    sent, ended = step(2.0, group=TP2, seconds=1.0)
+    assert isinstance(sent, StepSent)
+    assert isinstance(ended, StepEnded)
+    told = timed(9.0, 1, RankTime(ended.step_id, 0.8, 0.5))
+    again = msgspec.structs.replace(sent, at_s=8.0), msgspec.structs.replace(ended, at_s=9.0)
+    sent_again, ended_again = again
+    later = [told, ended_again] if is_early else [ended_again, told]
+    run = Recorder([sent, ended, sent_again, *later])
+    assert [each.busy_s(1) for each in run.steps] == pytest.approx([1.0, 0.3])
+    # the first server was killed before the step ended of which rank 1 had told
+    run = Recorder([sent, told, sent_again, ended_again])
+    assert [each.busy_s(1) for each in run.steps] == pytest.approx([1.0])
+
+
 def test_what_a_leader_knows_to_have_waited_is_no_work() -> None:
     _, ended = step(2.0, group=TP2, seconds=1.0)
     assert isinstance(ended, StepEnded)
@@ -214,6 +231,25 @@ def test_a_client_s_report_is_told_what_the_server_did() -> None:
     text = io.StringIO()
     print_report(both, Console(file=text, width=160))
     assert "busy 20.0% (in steps 20.0%), 0.50 TB/s read, 100 TFLOP/s" in text.getvalue()
+
+
+def test_a_server_s_restarts_and_switches_are_cut_to_the_client_s_window() -> None:
+    client = build_report(Recorder(life("a", 0.0, [1.0, 9.0]) + life("b", 10.0, [11.0])))
+    restarts = [
+        GenerationStarted(at_s=at_s, generation=2, num_replayed=0, restart_s=1.0)
+        for at_s in (-5.0, 5.0, 50.0)
+    ]
+    switches = [
+        switch(f"s{at_s}", ("2xTP1", "TP2"), [(at_s, at_s + 0.5, ["r"])]) for at_s in (7.0, 70.0)
+    ]
+    stream = life("r", 6.0, [6.5 + 0.1 * i for i in range(30)])
+    server = Recorder(in_order(restarts, *switches, stream))
+    both = with_server(client, server)
+    assert both.num_restarts == 1
+    assert both.switches[0].num_switches == 1
+    assert both.switches[0].added_pause_s.p99 is None
+    both = with_server(client, server, small_samples=True)
+    assert both.switches[0].added_pause_s.p99 is not None
 
 
 def test_token_counts_respect_the_window() -> None:
