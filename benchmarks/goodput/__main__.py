@@ -42,6 +42,7 @@ from benchmarks.goodput.points import (
 )
 from benchmarks.gpu_serve import FRONT_DOOR_S, HOST_LATENCY_S
 from nitsum import __file__ as package
+from nitsum.cli.readers import seconds
 from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -188,9 +189,9 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--cost", default="", help="a measured table (default: the shipped one)")
     part.add_argument("--mix", type=Path, default=WORKLOADS / "goodput.yaml")
     part.add_argument("--shifting", type=Path, default=WORKLOADS / "goodput_shifting.yaml")
-    part.add_argument("--seconds", type=float, default=90.0, help="judged arrivals of a point")
-    part.add_argument("--warmup", type=float, default=10.0, help="seconds of arrivals before")
-    part.add_argument("--drain", type=float, default=15.0, help="seconds after the last arrival")
+    part.add_argument("--seconds", type=seconds, default=90.0, help="judged arrivals of a point")
+    part.add_argument("--warmup", type=seconds, default=10.0, help="seconds of arrivals before")
+    part.add_argument("--drain", type=seconds, default=15.0, help="seconds after the last arrival")
     part.add_argument("--runs", type=Path, default=Path("goodput_runs"), help="keeps each run")
     part = parts.add_parser("run", parents=[shared], help="serve points")
     part.set_defaults(does=run)

@@ -77,7 +77,8 @@ class LoadRun:
         drain_s: float | None = None,
     ) -> None:
         """`max_open` bounds sockets; reaching it is counted as lateness, never hidden. What is not
-        answered `drain_s` after the last arrival is broken off and has no end; None waits for all.
+        answered `drain_s` after the last arrival is broken off, or not sent any more, and has no
+        end; None waits for all.
         """
         self.endpoint = endpoint
         self.items = items
@@ -89,32 +90,48 @@ class LoadRun:
         self._room = asyncio.Semaphore(max_open)
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_s = 0.0
+        self._end_s: float | None = None
+        """When all is broken off; None: never."""
         self._step_id = 0
 
     async def run(self, on_progress: Progress | None = None) -> LoadState:
         """Until everything sent has ended, one way or the other."""
+        items = list(self.items)
         with closing(Pool(self.endpoint.url)) as pool:
             self._start_s = time.monotonic()
+            if self.drain_s is not None:
+                last_s = max((item.at_s for item in items), default=0.0)
+                self._end_s = self._start_s + last_s + self.drain_s
             ticker = asyncio.create_task(self._tick(on_progress)) if on_progress else None
-            for item in self.items:
+            for num_before, item in enumerate(items):
                 await self._wait_until(item.at_s)
-                await self._start(pool, item)
+                if not await self._start(pool, item):
+                    self._leave(items[num_before:])
+                    break
             await self._drain()
             if ticker is not None:
                 ticker.cancel()
         return self.state
 
+    def _leave(self, items: Iterable[WorkItem]) -> None:
+        """They have arrived, found no stream that was free, and are not sent any more."""
+        for item in items:
+            self._note_late(item)
+            self._arrived(item, item.num_prompt)
+
     async def _drain(self) -> None:
-        """Until what is under way has ended, for `drain_s` at most."""
-        start_s = time.monotonic()
+        """Until what is under way has ended, or the run."""
         while self._tasks:
-            left_s = None if self.drain_s is None else start_s + self.drain_s - time.monotonic()
+            left_s = self._left_s()
             if left_s is not None and left_s <= 0.0:
                 break
             await asyncio.wait(self._tasks, timeout=left_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _left_s(self) -> float | None:
+        return None if self._end_s is None else self._end_s - time.monotonic()
 
     async def _tick(self, on_progress: Progress) -> None:
         while True:
@@ -126,23 +143,32 @@ class LoadRun:
         if delay_s > 0:
             await asyncio.sleep(delay_s)
 
-    async def _start(self, pool: Pool, item: WorkItem) -> None:
-        await self._room.acquire()
-        late_s = time.monotonic() - self._start_s - item.at_s
-        self.state.max_late_s = max(self.state.max_late_s, late_s)
+    async def _start(self, pool: Pool, item: WorkItem) -> bool:
+        """Send it; False if no stream was free before the end."""
+        try:
+            async with asyncio.timeout(self._left_s()):
+                await self._room.acquire()
+        except TimeoutError:
+            return False
+        self._note_late(item)
         task = asyncio.create_task(self._call(pool, item))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return True
+
+    def _note_late(self, item: WorkItem) -> None:
+        late_s = time.monotonic() - self._start_s - item.at_s
+        self.state.max_late_s = max(self.state.max_late_s, late_s)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._room.release()
         if not task.cancelled():
             task.result()  # a mistake of ours ends the run
 
     async def _call(self, pool: Pool, item: WorkItem) -> None:
         answer = _Stream(item, item.prompt(self.vocab_size), tier=item.tier)
         self._arrived(item, len(answer.prompt))
+        self.state.num_sent += 1
         self.state.num_open += 1
         pieces = stream(pool, self.endpoint, item, answer.prompt, self.target_of(item))
         try:
@@ -154,6 +180,7 @@ class LoadRun:
             self._count_error(type(error).__name__)
         finally:
             self.state.num_open -= 1
+            self._room.release()
         self._finished(answer)
         await self._follow(pool, answer)
 
@@ -177,7 +204,6 @@ class LoadRun:
     # -- events --
 
     def _arrived(self, item: WorkItem, num_prompt: int) -> None:
-        self.state.num_sent += 1
         target = self.target_of(item)
         deadline_s = item.chain.deadline_s if item.chain else None
         self.sink.emit(

@@ -23,6 +23,7 @@ from nitsum.bench.provenance import summary
 from nitsum.bench.serve import Outcome, find_endpoint, run_load, with_canaries
 from nitsum.bench.stream_client import Endpoint
 from nitsum.cli.progress import note
+from nitsum.cli.readers import seconds
 from nitsum.cost.analytic import step_work
 from nitsum.cost.shapes import shape_named
 from nitsum.errors import ConfigError, NitsumError
@@ -88,7 +89,7 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--trace", default="mix:calm", help="trace file, synthetic:LENGTHS or mix:NAME|FILE")
     add("--rate", type=float, default=1.0, help="requests/s, or factor on a trace's or mix's rate")
-    add("--duration", type=float, default=60.0, metavar="SECONDS", help="of the arrivals")
+    add("--duration", type=seconds, default=60.0, metavar="SECONDS", help="of the arrivals")
     add("--tiers", default="", metavar="T=W,...", help="weights of tiers, for traces and lengths")
     add("--seed", type=int, default=0)
     add("--model", default="", help="the model's name (default: the first the server lists)")
@@ -97,16 +98,16 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab", type=int, default=30000, metavar="N", help="prompt token ids lie below")
     add("--max-tokens", type=int, default=0, help="prompt plus answer (default: the context)")
     add("--targets", type=Path, metavar="TARGETS.json", help="what to judge by (see --calibrate)")
-    add("--warmup", type=float, default=0.0, metavar="SECONDS", help="arrivals left out")
+    add("--warmup", type=seconds, default=0.0, metavar="SECONDS", help="arrivals left out")
     add(
         "--drain",
-        type=float,
+        type=seconds,
         default=None,
         metavar="SECONDS",
         help="break off what is not answered so long after the last arrival; it counts as missed "
         "(default: wait for all)",
     )
-    add("--canary", type=float, default=0.0, metavar="SECONDS", help="a short request every ...")
+    add("--canary", type=seconds, default=0.0, metavar="SECONDS", help="a short request every ...")
     add("--small-samples", action="store_true", help="print P99 from fewer than 1,000 samples too")
 
 

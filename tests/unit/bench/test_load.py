@@ -96,6 +96,36 @@ def test_what_is_not_answered_in_time_is_broken_off(tmp_path: Path):
     assert any("no end" in note for note in outcome.report.notes)
 
 
+def test_the_end_of_a_run_does_not_wait_for_a_free_stream(tmp_path: Path):
+    """Who gets none until then has arrived all the same."""
+    slow = FakeEngineClient(delay_s=0.05)
+    items = [item("long", num_output=50), item("second"), item("third", 0.01)]
+    with served(slow, tmp_path) as url:
+        outcome = load(url, items, drain_s=0.3, max_open=1)
+    outcomes = {name: each.outcome for name, each in outcome.recorder.requests.items()}
+    assert outcomes == dict.fromkeys(["long", "second", "third"], "unfinished")
+    assert (outcome.state.num_sent, outcome.state.num_open) == (1, 0)
+    assert outcome.state.max_late_s > 0.25
+    assert outcome.report.num_requests == 3
+    assert len(slow.requests) == 1
+
+
+def test_a_sender_who_thinks_holds_no_stream(fake: FakeEngineClient, tmp_path: Path):
+    """As many chains as there are streams would wait for each other for ever."""
+    calls = CallScript(12, 5, 0.0), CallScript(4, 3, 0.05)
+    chains = [item(name, chain=Chain(name, calls, deadline_s=9.0)) for name in ("a.0", "b.0")]
+    with served(fake, tmp_path) as url:
+        outcome = load(url, chains, max_open=1)
+    assert outcome.state.num_done == 4
+
+
+@pytest.mark.parametrize("flag", ["--drain", "--warmup", "--duration", "--canary"])
+def test_times_are_not_negative(flag: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        bench_serve("http://127.0.0.1:9", flag, "-1")
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
 def test_latency_counts_from_the_planned_arrival(fake: FakeEngineClient, tmp_path: Path):
     """A request that could only be sent late is late for its user."""
     with served(fake, tmp_path) as url:
