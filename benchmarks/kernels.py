@@ -298,7 +298,7 @@ def triton_maker(
     def make(case: AttentionCase) -> AttentionBackend:
         return TritonAttention(
             len(case.parts), *case.heads, DEVICE, decode_only=case.decode_only,
-            decode_tuning=decode_tuning, chunk_tuning=chunk_tuning,
+            side=torch.cuda.Stream(), decode_tuning=decode_tuning, chunk_tuning=chunk_tuning,
         )  # fmt: skip
 
     return make

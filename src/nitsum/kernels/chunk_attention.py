@@ -1,8 +1,9 @@
 """Paged causal attention of chunks: many query tokens a sequence, after any context.
 
 The rows of a program's tile are (token, query head of the group), so that grouped heads share what
-they read. Blocks of rows of all sequences are numbered through; a program finds its sequence on
-the device, so nothing but the grid's upper bound is known to the host.
+they read. Blocks of rows of all sequences are numbered through, and a fixed number of programs
+takes them in turns; how many there are and whose is found on the device, so that one captured
+graph serves any step, and a wide one with few blocks starts no programs for nothing.
 
     tile rows, g = 3:   t0h0 t0h1 t0h2 -- t1h0 t1h1 t1h2 -- ...    (-- is padding to a power of two)
 """
@@ -14,29 +15,17 @@ from typing import NamedTuple
 import torch
 
 from nitsum.kernels.attention import Sequences
-from nitsum.kernels.language import jit, next_power_of_2, tl
+from nitsum.kernels.language import cdiv, jit, next_power_of_2, tl
 
 
 class Tuning(NamedTuple):
-    """How one chunk program is shaped."""
+    """How one chunk program is shaped, and how many of them are wanted for each SM."""
 
     block_m: int = 128
     block_n: int = 128
     num_warps: int = 8
     num_stages: int = 3
-
-
-@jit
-def _find_block(query_starts, block, num_seqs, TOKENS: tl.constexpr, SEQS: tl.constexpr, MIXED):
-    """(sequence, block inside it); the sequence is `num_seqs` or more when there is none."""
-    i = tl.arange(0, SEQS)
-    counts = tl.load(query_starts + i + 1, mask=i < num_seqs, other=0)
-    counts -= tl.load(query_starts + i, mask=i < num_seqs, other=0)
-    if MIXED:
-        counts = tl.where(counts == 1, 0, counts)
-    blocks = tl.cdiv(counts, TOKENS)
-    ended = (tl.cumsum(blocks, 0) <= block) & (i < num_seqs)
-    return tl.sum(ended.to(tl.int32), 0), block - tl.sum(tl.where(ended, blocks, 0), 0)
+    programs_per_sm: int = 2
 
 
 @jit
@@ -75,24 +64,17 @@ def _attend_range(
 
 
 @jit
-def _chunk(
-    q, keys, values, out, page_table, query_starts, contexts, scale, table_stride, num_seqs,
+def _attend_block(
+    q, keys, values, out, page_table, query_starts, contexts, scale, table_stride, head, seq, block,
     NUM_KV: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SEQS: tl.constexpr, STAGES: tl.constexpr, MIXED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One block of rows of one sequence."""
     TOKENS: tl.constexpr = BLOCK_M // G_PAD
-    head = tl.program_id(0)
-    # The last blocks of a sequence see most, so they start first.
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    seq, block = _find_block(query_starts, block, num_seqs, TOKENS, SEQS, MIXED)
-    if seq >= num_seqs:
-        return
     row = tl.load(query_starts + seq)
     count = tl.load(query_starts + seq + 1) - row
     context = tl.load(contexts + seq)
-    if context == 0:
-        return
     start = context - count + block * TOKENS  # position of the tile's first token
     i = tl.arange(0, BLOCK_M)
     token, g = block * TOKENS + i // G_PAD, i % G_PAD
@@ -120,6 +102,39 @@ def _chunk(
     tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+@jit
+def _chunk(
+    q, keys, values, out, page_table, query_starts, contexts, scale, table_stride, num_seqs,
+    NUM_KV: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEQS: tl.constexpr, STAGES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Programs take blocks in turns, the last ones first, which see most; every other turn the
+    other way round, so that all have about as much to do."""
+    TOKENS: tl.constexpr = BLOCK_M // G_PAD
+    head, program, num_programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    s = tl.arange(0, SEQS)
+    counts = tl.load(query_starts + s + 1, mask=s < num_seqs, other=0)
+    counts -= tl.load(query_starts + s, mask=s < num_seqs, other=0)
+    counts = tl.where(tl.load(contexts + s, mask=s < num_seqs, other=0) == 0, 0, counts)
+    if MIXED:
+        counts = tl.where(counts == 1, 0, counts)
+    blocks = tl.cdiv(counts, TOKENS)
+    ends = tl.cumsum(blocks, 0)
+    num_blocks = tl.sum(blocks, 0)
+    for turn in range(tl.cdiv(num_blocks, num_programs)):
+        place = tl.where(turn % 2 == 0, program, num_programs - 1 - program)
+        nth = num_blocks - 1 - turn * num_programs - place
+        if nth >= 0:
+            ended = (ends <= nth) & (s < num_seqs)
+            seq = tl.sum(ended.to(tl.int32), 0)
+            block = nth - tl.sum(tl.where(ended, blocks, 0), 0)
+            _attend_block(
+                q, keys, values, out, page_table, query_starts, contexts, scale, table_stride,
+                head, seq, block, NUM_KV, G, G_PAD, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+            )  # fmt: skip
+
+
 def chunk_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -127,6 +142,7 @@ def chunk_attention(
     sequences: Sequences,
     out: torch.Tensor,
     *,
+    num_sms: int,
     mixed: bool,
     tuning: Tuning,
 ) -> None:
@@ -141,7 +157,8 @@ def chunk_attention(
     tokens, num_seqs = block_m // g_pad, sequences.num_seqs
     # Each sequence has at most one block that is not full.
     num_blocks = min(n, n // tokens + num_seqs)
-    _chunk[(num_kv, num_blocks)](
+    num_programs = min(num_blocks, cdiv(tuning.programs_per_sm * num_sms, num_kv))
+    _chunk[(num_kv, num_programs)](
         q, keys, values, out, sequences.page_table, sequences.query_starts, sequences.contexts,
         d**-0.5 * 1.4426950408889634, sequences.page_table.stride(0), num_seqs,
         NUM_KV=num_kv, G=g, G_PAD=g_pad, D=d, PAGE=keys.shape[2],

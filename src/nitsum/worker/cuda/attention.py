@@ -47,6 +47,7 @@ class AttentionMaker:
         self._max_pages = max_pages
         self._device = device
         self._library: Library = chosen_library()
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._made: dict[tuple[int, bool], AttentionBackend] = {}
 
     def __call__(self, num_seqs: int, decode_only: bool) -> AttentionBackend:
@@ -59,7 +60,7 @@ class AttentionMaker:
     def _make(self, num_seqs: int, decode_only: bool) -> AttentionBackend:
         if self._library == "triton":
             return TritonAttention(
-                num_seqs, *self._sizes, device=self._device, decode_only=decode_only
+                num_seqs, *self._sizes, self._device, decode_only=decode_only, side=self._side
             )
         max_tokens = 1 if decode_only else self._spec.max_batch_tokens
         if self._library == "flash3":
