@@ -30,7 +30,7 @@ from nitsum.bench.provenance import summary
 from nitsum.control.gain import most_gain, sustained
 from nitsum.control.load import Load, Sample, sum_up
 from nitsum.control.planner import Site, buffer_bytes, degrees_that_fit, redundancy_table
-from nitsum.control.score import Limits, Scorer
+from nitsum.control.score import Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -91,8 +91,8 @@ class Setting:
         found: dict[int, float] = {}
         for degree in degrees_that_fit(site):
             memory = site.memory(degree, degree)
-            limits = Limits(site.max_num_seqs, site.max_batch_tokens, memory.lane_tokens)
-            scorer = Scorer(StepTimes(site.cost_model(degree, degree), [degree]), limits)
+            steps = StepTimes(site.cost_model(degree, degree), [degree])
+            scorer = Scorer(steps, site.lane_limits(memory))
             plan = uniform_plan(self.machine.num_gpus, degree)
             found[degree] = sustained(scorer, plan, load)
         return found

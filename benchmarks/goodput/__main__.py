@@ -12,8 +12,8 @@ a model, step times, targets or results other than those of the points. `table` 
 simulated and reckons the ratios; points that were not served are left out.
 
 The 8B shape with random weights on two GPUs, `benchmarks/workloads/goodput.yaml` and
-`goodput_shifting.yaml`. On a CPU: `plan --device cpu --machine 2xCPU --model CHECKPOINT
---mix SMALL.yaml`, then `run --model CHECKPOINT`.
+`goodput_shifting.yaml`. On a CPU: `plan --machine 2xCPU --model CHECKPOINT --mix
+SMALL.yaml`, then `run --model CHECKPOINT`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
@@ -43,12 +42,10 @@ from benchmarks.goodput.points import (
 from benchmarks.gpu_serve import FRONT_DOOR_S, HOST_LATENCY_S
 from nitsum import __file__ as package
 from nitsum.cli.readers import seconds
-from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import chosen_cost
 from nitsum.errors import NitsumError
-from nitsum.messages import Device
 from nitsum.metrics.targets import held_to, save_targets
 from nitsum.sim.run import Options
 from nitsum.sim.system import Site, site_targets, uniform_plan
@@ -82,9 +79,9 @@ def plan(args: argparse.Namespace) -> None:
         date=datetime.now(UTC).date().isoformat(),
         command=_command(),
         machine=args.machine,
-        device=args.device,
+        device=site.machine.device,
         num_ranks=site.num_ranks,
-        basis=basis_of(site, LIMITS[args.device], targets),
+        basis=basis_of(site, targets),
         mixes=mixes,
         warmup_s=args.warmup,
         drain_s=args.drain,
@@ -98,19 +95,13 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _site(args: argparse.Namespace) -> Site:
-    device = cast(Device, args.device)
     shape, machine = shape_named(args.model), Machine.parse(args.machine)
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    own = LIMITS[device]
+    dtype = "bfloat16" if machine.device == "cuda" else "float32"
     return Site(
         model=args.model,
         shape=shape,
         machine=machine,
         dtype=dtype,
-        block_tokens=own.block_tokens,
-        max_num_seqs=own.max_num_seqs,
-        max_batch_tokens=own.max_batch_tokens,
-        max_mixed_tokens=own.max_mixed_tokens,
         max_model_len=load_mix(args.mix).max_total_tokens,
         cost=chosen_cost(args.cost, shape, machine, dtype),
     )
@@ -185,7 +176,6 @@ def parser() -> argparse.ArgumentParser:
     part.set_defaults(does=plan)
     part.add_argument("--model", default="Llama-3.1-8B", help="a shape's name or a checkpoint")
     part.add_argument("--machine", default="2xH100-80GB")
-    part.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     part.add_argument("--cost", default="", help="a measured table (default: the shipped one)")
     part.add_argument("--mix", type=Path, default=WORKLOADS / "goodput.yaml")
     part.add_argument("--shifting", type=Path, default=WORKLOADS / "goodput_shifting.yaml")

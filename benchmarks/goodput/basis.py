@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from nitsum.cli.settings import Limits
 from nitsum.cost.protocol import CostModel
 from nitsum.cost.shipped import same_work
 from nitsum.cost.table import TableCost
 from nitsum.errors import ConfigError
+from nitsum.limits import StepLimits
 from nitsum.metrics.targets import Targets
 from nitsum.shape import ModelShape
 from nitsum.sim.system import Site
@@ -29,7 +29,7 @@ class Basis(msgspec.Struct, frozen=True, kw_only=True):
     shape: ModelShape
     steps_sha256: str | None
     """Of the table of step times; None: by the analytic model."""
-    limits: Limits
+    limits: StepLimits
     targets_sha256: str
 
     def check(self, shape: ModelShape, steps: CostModel | None, targets: Targets) -> None:
@@ -49,13 +49,13 @@ class Basis(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-def basis_of(site: Site, limits: Limits, targets: Targets) -> Basis:
+def basis_of(site: Site, targets: Targets) -> Basis:
     """Of points that are planned for `site`."""
     return Basis(
         model=Path(site.model).name,
         shape=site.shape,
         steps_sha256=steps_digest(site.cost),
-        limits=limits,
+        limits=site.limits,
         targets_sha256=digest(targets),
     )
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import msgspec
 
 from benchmarks.goodput.basis import Basis, digest
-from nitsum.cli.settings import Limits
 from nitsum.config import Policy
 from nitsum.errors import ConfigError
+from nitsum.limits import StepLimits
 from nitsum.messages import Device
 from nitsum.plan import read_plans
 from nitsum.workload.spec import MixSpec, scaled
@@ -42,7 +42,7 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
         """A static layout keeps its own shard of the weights and no more."""
         return read_plans(list(self.plans), num_ranks).degrees[0]
 
-    def flags(self, num_ranks: int, limits: Limits) -> list[str]:
+    def flags(self, num_ranks: int, limits: StepLimits) -> list[str]:
         """Of `nitsum serve`."""
         return [
             "--ranks", str(num_ranks), "--plans", ",".join(self.plans),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nitsum.errors import ConfigError
+from nitsum.limits import STEP_LIMITS
 from nitsum.messages import Device, Dtype, Fault
 from nitsum.plan import PlanSet
 from nitsum.tier import DEFAULT_TIERS, Tier
@@ -25,17 +26,18 @@ class EngineConfig:
     dtype: Dtype = "float32"
     min_tp: int = 1
     """Each rank holds 1/min_tp of the weights; no lane may be narrower."""
-    block_tokens: int = 16
-    """Tokens of one KV block."""
+    block_tokens: int = STEP_LIMITS["cpu"].block_tokens
+    """Tokens of one KV block. Like the sizes of steps below, what CPU ranks have by default; for
+    others, take it from `STEP_LIMITS`."""
     kv_bytes: int = 256 << 20
     """KV arena per rank, bytes; 0 on a GPU means all memory that is left."""
     gpu_memory_share: float = 0.92
     """Of a GPU's memory, all that Nitsum takes when `kv_bytes` is 0."""
     max_model_len: int = 0
     """Longest prompt plus answer, tokens; 0 takes the checkpoint's."""
-    max_num_seqs: int = 64
+    max_num_seqs: int = STEP_LIMITS["cpu"].max_num_seqs
     """Sequences one lane steps at once."""
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = STEP_LIMITS["cpu"].max_batch_tokens
     """Tokens one step may compute."""
     max_mixed_tokens: int = 0
     """Tokens of a step that has decodes, which its prompts keep waiting; 0: as of any step."""

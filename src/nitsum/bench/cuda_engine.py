@@ -24,6 +24,7 @@ from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.floor import kv_bytes, weight_bytes
 from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
+from nitsum.limits import STEP_LIMITS
 from nitsum.metrics.records import Recorder
 from nitsum.plan import PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
@@ -122,6 +123,7 @@ def engine_config(options: Options) -> EngineConfig:
         device="cuda",
         dtype="bfloat16",
         load_format=options.load_format,
+        block_tokens=STEP_LIMITS["cuda"].block_tokens,
         kv_bytes=0,
         max_model_len=8192,
         max_num_seqs=largest,

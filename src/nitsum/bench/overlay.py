@@ -20,6 +20,7 @@ from nitsum.bench.driver import Driver, Workers
 from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
 from nitsum.errors import NitsumError
+from nitsum.limits import STEP_LIMITS
 from nitsum.messages import FromWorker, StepDone
 from nitsum.metrics.percentiles import percentile
 from nitsum.metrics.records import Recorder, StepRecord
@@ -67,6 +68,7 @@ def engine_config(options: Options) -> EngineConfig:
         device="cuda",
         dtype="bfloat16",
         load_format=options.load_format,
+        block_tokens=STEP_LIMITS["cuda"].block_tokens,
         kv_bytes=0,
         max_model_len=NUM_PROMPT + NUM_ALONE + 4 * options.num_turns,
         max_num_seqs=2 * options.num_seqs,

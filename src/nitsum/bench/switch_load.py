@@ -11,6 +11,7 @@ from typing import Literal
 
 from nitsum.bench.scenario import with_static
 from nitsum.config import EngineConfig
+from nitsum.limits import StepLimits, step_limits
 from nitsum.messages import Device, Dtype
 from nitsum.plan import PlanSet
 from nitsum.request import Request, SamplingParams
@@ -52,8 +53,13 @@ class Options:
     num_prompt: int = 32
     num_answer: int = 160
     """Of a stream; when one ends the next begins."""
-    block_tokens: int = 16
+    block_tokens: int = 0
+    """0: as the device has them."""
     seed: int = 0
+
+    @property
+    def limits(self) -> StepLimits:
+        return step_limits(self.device, block_tokens=self.block_tokens)
 
     @property
     def num_switches(self) -> int:
@@ -66,10 +72,11 @@ def engine_config(options: Options) -> EngineConfig:
     shape = ModelShape.from_folder(options.model)
     plans = with_static(options.plans)
     geometry = Geometry(shape, plans.max_tp)
-    blocks = -(-(options.num_prompt + options.num_answer) // options.block_tokens)
+    block_tokens = options.limits.block_tokens
+    blocks = -(-(options.num_prompt + options.num_answer) // block_tokens)
     blocks_per_rank = -(-3 * options.num_streams * blocks // (2 * plans.num_ranks))
     units = round_up(blocks_per_rank * geometry.units_per_page(1), geometry.num_units)
-    unit_bytes = geometry.unit_bytes(options.block_tokens, DTYPE_BYTES[options.dtype])
+    unit_bytes = geometry.unit_bytes(block_tokens, DTYPE_BYTES[options.dtype])
     return EngineConfig(
         model=str(options.model),
         plans=plans,
@@ -77,7 +84,7 @@ def engine_config(options: Options) -> EngineConfig:
         dtype=options.dtype,
         load_format=options.load_format,
         kv_bytes=units * unit_bytes if options.kv_bytes is None else options.kv_bytes,
-        block_tokens=options.block_tokens,
+        block_tokens=block_tokens,
         max_model_len=options.num_prompt + options.num_answer,
         max_num_seqs=4 * options.num_streams,
         max_batch_tokens=options.max_batch_tokens or max(64, 4 * options.num_streams),
@@ -100,7 +107,7 @@ def background(options: Options, vocab_size: int) -> Iterator[Request]:
     """Prompts of all lengths, which fill the gaps, half of them with one of two common prefixes; or
     long ones with short answers, which leave much behind in the cache."""
     random = Random(options.seed + 1)
-    block = options.block_tokens
+    block = options.limits.block_tokens
     if options.fill == "cache":
         yield from _long_prompts(options, vocab_size, random)
     prefixes = [random.choices(range(vocab_size), k=block) for _ in range(2)]

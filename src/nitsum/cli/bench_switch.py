@@ -15,7 +15,6 @@ from nitsum.bench.tables import percent, print_line, print_table, size
 from nitsum.bench.verify import check_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.readers import entries, size_bytes
-from nitsum.cli.settings import LIMITS
 from nitsum.errors import ConfigError, require_torch
 from nitsum.metrics.percentiles import Summary
 from nitsum.plan import PlanSet, is_power_of_two, read_plans
@@ -83,7 +82,7 @@ def _options(args: argparse.Namespace) -> Options:
         load_format=args.load_format,
         fill=args.fill,
         kv_bytes=args.kv_memory,
-        block_tokens=args.block_tokens or LIMITS[args.device].block_tokens,
+        block_tokens=args.block_tokens,
         max_batch_tokens=args.max_batch_tokens,
         num_prompt=args.prompt_tokens,
         num_answer=args.answer_tokens,

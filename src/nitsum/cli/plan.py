@@ -18,6 +18,7 @@ from rich.table import Table
 
 from nitsum.cli.build import build_tiers
 from nitsum.cli.readers import entries
+from nitsum.cli.settings import by_device
 from nitsum.control.load import Load, Sample, by_level, sum_up
 from nitsum.control.planner import (
     Entry,
@@ -63,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tiers", default="", metavar="FILE", help="tiers, as serve takes them")
     parser.add_argument("--num-plans", type=int, default=4, help="plans to hold ready (default: 4)")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    for name in ("max_num_seqs", "max_batch_tokens", "max_mixed_tokens"):
+        flag, default = f"--{name.replace('_', '-')}", by_device(name)
+        parser.add_argument(flag, type=int, default=0, help=f"as serve has it (default: {default})")
     parser.add_argument("--longest-request", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("-o", "--out", metavar="FILE", help="write the plans for serve --plans")
 
@@ -99,6 +101,7 @@ def _site(args: argparse.Namespace) -> Site:
         cost=chosen_cost(args.cost, shape, machine, "bfloat16"),
         max_num_seqs=args.max_num_seqs,
         max_batch_tokens=args.max_batch_tokens,
+        max_mixed_tokens=args.max_mixed_tokens,
         min_lane_tokens=args.longest_request,
     )
 

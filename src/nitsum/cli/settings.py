@@ -17,31 +17,13 @@ from nitsum.cli.readers import (
     whole_number,
 )
 from nitsum.cli.sources import setting
-from nitsum.messages import Device, Dtype
+from nitsum.limits import STEP_LIMITS, StepLimits, step_limits
+from nitsum.messages import Dtype
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one step takes at most, and the tokens of a KV block."""
-
-    block_tokens: int
-    max_num_seqs: int
-    max_batch_tokens: int
-    max_mixed_tokens: int
-
-
-LIMITS: dict[Device, Limits] = {
-    "cpu": Limits(block_tokens=16, max_num_seqs=64, max_batch_tokens=512, max_mixed_tokens=512),
-    "cuda": Limits(block_tokens=32, max_num_seqs=256, max_batch_tokens=2048, max_mixed_tokens=1024),
-}
-"""On a GPU, steps of up to 2,048 tokens run as graphs: a prompt of 2,000 tokens alone is one step.
-The 1,024 of a mixed step take an H100 and an 8B model 20 ms at TP 2 and 30 at TP 1: nobody's gap
-grows by more, and with 1,536, 64 clients get 3% fewer answers. Blocks of 32 tokens cost kernels
-what blocks of 16 do, and halve what the engine does at a switch."""
-
-
-def _by_device(name: str) -> str:
-    cpu, cuda = (getattr(LIMITS[device], name) for device in ("cpu", "cuda"))
+def by_device(name: str) -> str:
+    """The default of one of `StepLimits`, in words."""
+    cpu, cuda = (getattr(STEP_LIMITS[device], name) for device in ("cpu", "cuda"))
     return f"{cpu} on cpu, {cuda} on cuda"
 
 
@@ -87,30 +69,29 @@ class StepSettings(DeviceSettings):
     """How large steps and KV blocks are."""
 
     block_tokens: int = setting(
-        whole_number(), 0, f"tokens of one KV block (default: {_by_device('block_tokens')})", "N"
+        whole_number(), 0, f"tokens of one KV block (default: {by_device('block_tokens')})", "N"
     )
     max_num_seqs: int = setting(
         whole_number(),
         0,
-        f"sequences one lane steps at once (default: {_by_device('max_num_seqs')})",
+        f"sequences one lane steps at once (default: {by_device('max_num_seqs')})",
         "N",
     )
     max_batch_tokens: int = setting(
         whole_number(),
         0,
-        f"tokens one step may compute (default: {_by_device('max_batch_tokens')})",
+        f"tokens one step may compute (default: {by_device('max_batch_tokens')})",
         "N",
     )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> StepLimits:
         """What was asked for; the device's own where nothing was."""
-        own = LIMITS[self.device]
-        return Limits(
-            block_tokens=self.block_tokens or own.block_tokens,
-            max_num_seqs=self.max_num_seqs or own.max_num_seqs,
-            max_batch_tokens=self.max_batch_tokens or own.max_batch_tokens,
-            max_mixed_tokens=self.max_batch_tokens or own.max_mixed_tokens,
+        return step_limits(
+            self.device,
+            block_tokens=self.block_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens,
         )
 
 
@@ -144,7 +125,7 @@ class ServeSettings(StepSettings, PlanSettings):
         whole_number(),
         0,
         "tokens of a step that has decodes, which its prompts keep waiting (default: "
-        f"{_by_device('max_mixed_tokens')}; max-batch-tokens if that is given)",
+        f"{by_device('max_mixed_tokens')}; max-batch-tokens if that is given)",
         "N",
     )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")

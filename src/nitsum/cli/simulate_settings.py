@@ -17,6 +17,7 @@ from nitsum.cli.readers import (
     text,
     whole_number,
 )
+from nitsum.cli.settings import by_device
 from nitsum.cli.sources import setting
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -117,15 +118,31 @@ class SimulateSettings:
     sweep: tuple[float, ...] = setting(
         numbers, (), "simulate at several multiples of the rate, e.g. 0.5,1,2", "LOADS"
     )
-    max_num_seqs: int = setting(whole_number(1), 256, "sequences one lane steps at once", "N")
-    max_batch_tokens: int = setting(whole_number(1), 2048, "tokens one step may compute", "N")
+    max_num_seqs: int = setting(
+        whole_number(),
+        0,
+        f"sequences one lane steps at once (default: {by_device('max_num_seqs')})",
+        "N",
+    )
+    max_batch_tokens: int = setting(
+        whole_number(),
+        0,
+        f"tokens one step may compute (default: {by_device('max_batch_tokens')})",
+        "N",
+    )
     max_mixed_tokens: int = setting(
-        whole_number(), 0, "tokens of a step that has decodes (default: of any step)", "N"
+        whole_number(),
+        0,
+        f"tokens of a step that has decodes (default: {by_device('max_mixed_tokens')}; "
+        "max-batch-tokens if that is given)",
+        "N",
     )
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the model's)", "N"
     )
-    block_tokens: int = setting(whole_number(1), 16, "tokens of one KV block", "N")
+    block_tokens: int = setting(
+        whole_number(), 0, f"tokens of one KV block (default: {by_device('block_tokens')})", "N"
+    )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
     dtype: Literal["float32", "bfloat16"] = setting(
         one_of("float32", "bfloat16"), "bfloat16", "float32 or bfloat16"

@@ -19,6 +19,7 @@ from nitsum.cost.machines import Machine
 from nitsum.cost.memory import MemoryModel
 from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
+from nitsum.limits import StepLimits, step_limits
 from nitsum.plan import Plan, PlanSet, parse_plan
 from nitsum.shape import Geometry, ModelShape
 
@@ -67,11 +68,28 @@ class Site:
     machine: Machine
     cost: CostModel | None = None
     """A measured table; None takes the analytic model."""
-    max_num_seqs: int = 256
-    max_batch_tokens: int = 2048
+    max_num_seqs: int = 0
+    """Like the other sizes of steps: 0 is what is served on such a machine."""
+    max_batch_tokens: int = 0
+    max_mixed_tokens: int = 0
+    """Of steps with decodes."""
     min_lane_tokens: int = 1 << 13
     """KV a lane must have room for: the longest request that is to be served."""
     dtype_bytes: int = 2
+
+    @property
+    def limits(self) -> StepLimits:
+        return step_limits(
+            self.machine.device,
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens,
+            max_mixed_tokens=self.max_mixed_tokens,
+        )
+
+    def lane_limits(self, memory: MemoryModel) -> Limits:
+        """As the controller of a server has them."""
+        own = self.limits
+        return Limits(own.max_num_seqs, own.max_mixed_tokens, memory.lane_tokens)
 
     def memory(self, min_tp: int, max_tp: int) -> MemoryModel:
         return MemoryModel(Geometry(self.shape, max_tp, min_tp), self.machine, self.dtype_bytes)
@@ -218,8 +236,7 @@ def _score_all(
 
 def _scorer(site: Site, memory: MemoryModel, degrees: Sequence[int]) -> Scorer:
     cost = site.cost_model(memory.geometry.min_tp, memory.geometry.max_tp)
-    limits = Limits(site.max_num_seqs, site.max_batch_tokens, memory.lane_tokens)
-    return Scorer(StepTimes(cost, degrees), limits)
+    return Scorer(StepTimes(cost, degrees), site.lane_limits(memory))
 
 
 def _static(site: Site, degree: int, cases: Sequence[Situation]) -> Entry:
@@ -246,7 +263,7 @@ def buffer_bytes(site: Site, plans: PlanSet) -> int:
 
     Graphs and the groups' own memory are measured when workers start, not predicted.
     """
-    step_bytes = site.max_batch_tokens * site.shape.hidden_size * site.dtype_bytes
+    step_bytes = site.limits.max_batch_tokens * site.shape.hidden_size * site.dtype_bytes
     num_groups = max(
         sum(rank in group.ranks and group.degree > 1 for group in plans.groups)
         for rank in range(plans.num_ranks)

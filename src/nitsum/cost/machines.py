@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from nitsum.errors import ConfigError
+from nitsum.messages import Device
 from nitsum.plan import is_power_of_two
 
 MIB = 1 << 20
@@ -92,6 +93,11 @@ class Machine:
         if not is_power_of_two(num_gpus):
             raise ConfigError(f"Machine {text!r}: the number of GPUs must be a power of two.")
         return cls(gpu_named(match[2]), num_gpus)
+
+    @property
+    def device(self) -> Device:
+        """What its ranks compute on."""
+        return "cpu" if self.gpu == gpu_named("CPU") else "cuda"
 
     def __str__(self) -> str:
         return f"{self.num_gpus}x{self.gpu.name}"

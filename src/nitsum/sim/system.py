@@ -18,6 +18,7 @@ from nitsum.cost.memory import MemoryModel, smallest_min_tp
 from nitsum.cost.protocol import CostModel
 from nitsum.errors import ConfigError
 from nitsum.kv.cache import ArenaShape
+from nitsum.limits import StepLimits, step_limits
 from nitsum.metrics.ranks import WorkOf
 from nitsum.metrics.targets import Targets, default_targets
 from nitsum.plan import Lane, Plan, PlanSet, default_plans, parse_plan
@@ -38,12 +39,13 @@ class Site:
     shape: ModelShape
     machine: Machine
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
-    max_num_seqs: int = 256
-    max_batch_tokens: int = 2048
+    max_num_seqs: int = 0
+    """Like the other sizes of steps and blocks: 0 is what is served on such a machine."""
+    max_batch_tokens: int = 0
     max_mixed_tokens: int = 0
-    """Of steps with decodes; 0: as of any step."""
+    """Of steps with decodes."""
     max_model_len: int = 0
-    block_tokens: int = 16
+    block_tokens: int = 0
     prefix_cache: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     kv_bytes: int = 0
@@ -56,6 +58,16 @@ class Site:
     @property
     def num_ranks(self) -> int:
         return self.machine.num_gpus
+
+    @property
+    def limits(self) -> StepLimits:
+        return step_limits(
+            self.machine.device,
+            block_tokens=self.block_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens,
+            max_mixed_tokens=self.max_mixed_tokens,
+        )
 
     @property
     def dtype_bytes(self) -> int:
@@ -109,7 +121,7 @@ def _arena(site: Site, name: str, plans: PlanSet, geometry: Geometry) -> ArenaSh
     """What the weights leave for KV on every rank, in units."""
     memory = MemoryModel(geometry, site.machine, site.dtype_bytes)
     arena_bytes = site.kv_bytes or memory.arena_bytes
-    unit_bytes = geometry.unit_bytes(site.block_tokens, site.dtype_bytes)
+    unit_bytes = geometry.unit_bytes(site.limits.block_tokens, site.dtype_bytes)
     num_units = max(0, arena_bytes) // unit_bytes
     if num_units < geometry.units_per_page(plans.degrees[0]):
         raise ConfigError(
@@ -120,7 +132,7 @@ def _arena(site: Site, name: str, plans: PlanSet, geometry: Geometry) -> ArenaSh
         num_ranks=site.num_ranks,
         num_units=num_units,
         units_per_block=geometry.num_units,
-        block_tokens=site.block_tokens,
+        block_tokens=site.limits.block_tokens,
         min_degree=plans.degrees[0],
         unit_bytes=unit_bytes,
         num_host_units=site.host_kv_bytes // unit_bytes,
@@ -136,13 +148,13 @@ def _config(
         policy=policy,
         min_tp=min_tp,
         dtype=site.dtype,
-        block_tokens=site.block_tokens,
+        block_tokens=site.limits.block_tokens,
         kv_bytes=arena_bytes,
         host_kv_bytes=site.host_kv_bytes,
         max_model_len=site.max_model_len or site.shape.max_positions,
-        max_num_seqs=site.max_num_seqs,
-        max_batch_tokens=site.max_batch_tokens,
-        max_mixed_tokens=site.max_mixed_tokens,
+        max_num_seqs=site.limits.max_num_seqs,
+        max_batch_tokens=site.limits.max_batch_tokens,
+        max_mixed_tokens=site.limits.max_mixed_tokens,
         tiers=site.tiers,
         prefix_cache=site.prefix_cache,
     )

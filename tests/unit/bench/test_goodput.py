@@ -30,11 +30,11 @@ from benchmarks.goodput.points import (
     save,
 )
 from benchmarks.gpu_probe import SHAPE
-from nitsum.cli.settings import LIMITS
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import shipped_cost
 from nitsum.errors import ConfigError
+from nitsum.limits import STEP_LIMITS
 from nitsum.metrics.targets import Targets, TierRule, load_targets, save_targets
 from nitsum.shape import ModelShape
 from nitsum.sim.run import Options
@@ -84,7 +84,7 @@ def points_file(points: list[Point], mixed: MixSpec | None = None) -> Points:
         machine="2xCPU",
         device="cpu",
         num_ranks=2,
-        basis=basis_of(site(), LIMITS["cpu"], few_targets()),
+        basis=basis_of(site(), few_targets()),
         mixes={"mixed": mixed, "shifting": mixed, "alone": only_priority(mixed)},
         warmup_s=0.5,
         drain_s=3.0,
@@ -130,13 +130,15 @@ def test_priority_alone_arrives_when_it_did():
 
 
 def test_a_static_side_keeps_its_own_shard():
-    assert "--min-tp 2" in " ".join(Side(plans=["TP2"], policy="priority").flags(2, LIMITS["cpu"]))
-    words = " ".join(OURS.flags(2, LIMITS["cpu"]))
+    assert "--min-tp 2" in " ".join(
+        Side(plans=["TP2"], policy="priority").flags(2, STEP_LIMITS["cpu"])
+    )
+    words = " ".join(OURS.flags(2, STEP_LIMITS["cpu"]))
     assert "--plans TP2,2xTP1 --min-tp 1 --policy nitsum --controller adaptive" in words
 
 
 def test_a_server_has_the_sizes_that_were_simulated():
-    words = " ".join(OURS.flags(2, LIMITS["cuda"]))
+    words = " ".join(OURS.flags(2, STEP_LIMITS["cuda"]))
     assert "--block-tokens 32 --max-num-seqs 256 --max-batch-tokens 2048" in words
     assert "--max-mixed-tokens 1024" in words
 
@@ -147,14 +149,14 @@ def test_points_are_served_as_they_were_planned():
     here = site("some/folder/Llama-3.1-8B", shape, "2xH100-80GB")
     steps = shipped_cost(shape, here.machine, "bfloat16")
     assert steps is not None
-    measured = basis_of(replace(here, cost=steps), LIMITS["cuda"], targets)
+    measured = basis_of(replace(here, cost=steps), targets)
     assert measured.model == "Llama-3.1-8B"
     measured.check(ModelShape.from_hf(SHAPE), steps, targets)
     with pytest.raises(ConfigError, match=r"planned for Llama-3\.1-8B, and this is another"):
         measured.check(TINY, steps, targets)
     with pytest.raises(ConfigError, match="and this is the analytic model"):
         measured.check(shape, None, targets)
-    analytic = basis_of(here, LIMITS["cuda"], targets)
+    analytic = basis_of(here, targets)
     analytic.check(shape, None, targets)
     with pytest.raises(ConfigError, match="planned with the analytic model, and this is the table"):
         analytic.check(shape, steps, targets)
@@ -180,7 +182,7 @@ def test_a_result_of_another_plan_is_not_taken(tmp_path: Path, other: str):
         "load": points_file([point("a", load=3.0)]),
         "drain_s": msgspec.structs.replace(file, drain_s=4.0),
         "basis": msgspec.structs.replace(
-            file, basis=basis_of(site(), LIMITS["cuda"], few_targets())
+            file, basis=basis_of(replace(site(), block_tokens=32), few_targets())
         ),
     }
     with pytest.raises(ConfigError, match=r"a\.json was not served for the point a"):
