@@ -52,6 +52,15 @@ def test_a_twin_has_the_sizes_of_what_is_served(
 
 
 @pytest.mark.parametrize(("machine", "device"), MACHINES)
+def test_a_twin_copies_ahead_as_much_as_a_server_at_a_time(machine: str, device: Device):
+    site, _ = build_site(SimulateSettings(model="Qwen2.5-0.5B", machine=machine), None)
+    system = static_system(site, uniform_plan(2, 2), "nitsum")
+    told = ServeSettings(model="m", device=device, ranks=2)
+    config = build_engine_config(told, Path("m"))
+    assert system.config.units_under_way == config.units_under_way
+
+
+@pytest.mark.parametrize(("machine", "device"), MACHINES)
 def test_plans_are_judged_by_the_sizes_of_what_is_served(machine: str, device: Device):
     here = Machine.parse(machine)
     assert here.device == device

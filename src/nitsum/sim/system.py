@@ -145,6 +145,7 @@ def _config(
     return EngineConfig(
         model=site.model,
         plans=plans,
+        device=site.machine.device,
         policy=policy,
         min_tp=min_tp,
         dtype=site.dtype,
