@@ -183,11 +183,21 @@ def _summary(
     return {
         "date": max((each["date"] for each in used), default=file.date),
         "command": "; ".join(commands),
-        "versions": used[0]["versions"] if used else versions(),
-        "hardware": used[0]["hardware"] if used else f"simulated {file.machine}",
+        "versions": _versions(used) if used else versions(),
+        "hardware": _all(each["hardware"] for each in used) or f"simulated {file.machine}",
         "notes": _notes(file),
         "figures": figures,
     }
+
+
+def _versions(used: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    names = dict.fromkeys(name for each in used for name in each["versions"])
+    return {name: _all(each["versions"].get(name, "none") for each in used) for name in names}
+
+
+def _all(words: Iterable[str]) -> str:
+    """What was said on any of the machines that served, each once."""
+    return " | ".join(dict.fromkeys(words))
 
 
 def _of_point(point: Point, served: Figures | None) -> Iterable[tuple[str, float]]:

@@ -349,6 +349,26 @@ def test_ranks_are_as_busy_as_above_saturation():
     assert (ratios["gpu_busy_share"], ratios["gpu_busy_share_static"]) == (0.9, 0.8)
 
 
+def test_every_machine_is_named(tmp_path: Path):
+    """Points may be served in several sessions."""
+    file = points_file([point(name) for name in "abc"])
+    machines = {"a": ("H100 here", "2.1"), "b": ("H100 there", "2.1"), "c": ("H100 here", "2.2")}
+    results = {
+        name: {
+            "figures": {"goodput_requests_per_s": 1.0},
+            "date": "2026-11-25",
+            "command": "run",
+            "hardware": hardware,
+            "versions": {"nitsum": "0.1", "torch": torch},
+        }
+        for name, (hardware, torch) in machines.items()
+    }
+    table.show(file, results, tmp_path / "summary.json", "table")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["hardware"] == "H100 here | H100 there"
+    assert summary["versions"] == {"nitsum": "0.1", "torch": "2.1 | 2.2"}
+
+
 # --- served --------------------------------------------------------------------------------------
 
 
