@@ -140,7 +140,8 @@ class Sequence:
         self.num_cached = 0
         self.num_displaced = 0
         self.num_restarts = 0
-        """How often its KV was given up."""
+        """How often it began anew: its room was taken and its KV not kept, or all workers were
+        started again, whether it had KV or not."""
         self.hashes: list[int] = list(request.prefix_hashes)
         """Hashes of its leading full blocks, as far as they are known."""
         self.tier = request.tier
