@@ -34,7 +34,7 @@ def collect_when_told() -> None:
     gc.disable()
 
 
-def collect_now() -> None:
+def collect_unless_python_does() -> None:
     """Everything, what was here at the start too: a generation of workers and its accounting are
     gone, which is the one thing that leaves cycles behind, and nobody steps meanwhile. Nothing
     where Python still looks by itself: it finds them in its own time."""

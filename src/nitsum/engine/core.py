@@ -39,7 +39,7 @@ from nitsum.events import (
     Refused,
     Started,
 )
-from nitsum.garbage import collect_now
+from nitsum.garbage import collect_unless_python_does
 from nitsum.kv.cache import ArenaShape
 from nitsum.kv.check import check
 from nitsum.messages import (
@@ -329,7 +329,7 @@ class Core:
         for report in old.switcher.abandon(f"{death} The workers start anew in this plan."):
             self.outbox.report(report)
         self._start_workers()
-        collect_now()
+        collect_unless_python_does()
         self.generation = self._new_generation(old.switcher.plan.name)
         self.generation_number += 1
         for sequence in self.sequences.values():
