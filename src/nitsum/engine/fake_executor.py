@@ -59,10 +59,25 @@ def answer_of(prompt: list[int], num_tokens: int, stops: Iterable[int] = ()) -> 
 
 
 class _Slot:
+    """A row of tokens, the hashes of its prefixes as far as they were taken, and its pages."""
+
     def __init__(self, join: Join, row: list[int]) -> None:
         self.num_known = join.num_known
         self.row = row
         self.pages: list[int] = []
+        self._hashes: list[int] = []
+
+    def prefix_hashes(self, end: int) -> list[int]:
+        """Of the tokens up to and with each position, those before `end` at least."""
+        hashes, row = self._hashes, self.row
+        while len(hashes) < end:
+            hashes.append(extend(hashes[-1] if hashes else 0, row[len(hashes)]))
+        return hashes
+
+    def put(self, position: int, token: int) -> None:
+        """The row's new last token."""
+        del self.row[position:], self._hashes[position:]
+        self.row.append(token)
 
 
 class FakeRank:
@@ -188,33 +203,26 @@ class FakeExecutor:
         slot = state.slots[work.slot]
         end = work.start + work.num_tokens
         assert end <= len(slot.row), "a step computes a position whose token nobody has"
-        prefix_hash = 0
+        hashes = slot.prefix_hashes(end)
+        units = page_units(step.group, rank, self.arena.units_per_block)
         for position in range(end):
-            prefix_hash = extend(prefix_hash, slot.row[position])
-            self._visit(step, rank, slot, position, prefix_hash, writes=position >= work.start)
+            page, offset = divmod(position, self.arena.block_tokens)
+            first = slot.pages[page] * len(units)
+            for cell, unit in enumerate(units, first):
+                tag = hashes[position], unit
+                if position >= work.start:
+                    state.memory[cell][offset] = tag
+                found = state.memory[cell].get(offset)
+                assert found == tag, (
+                    f"step {step.step_id} {step.group}: rank {rank} page {slot.pages[page]} "
+                    f"position {position} holds {found}, not {tag}"
+                )
         if end < slot.num_known:
             return slot.row[end]
-        token = draw(prefix_hash)
+        token = draw(hashes[end - 1])
         if work.samples:
-            del slot.row[end:]
-            slot.row.append(token)
+            slot.put(end, token)
         return token
-
-    def _visit(
-        self, step: Step, rank: int, slot: _Slot, position: int, prefix_hash: int, *, writes: bool
-    ) -> None:
-        units = page_units(step.group, rank, self.arena.units_per_block)
-        page = slot.pages[position // self.arena.block_tokens]
-        offset = position % self.arena.block_tokens
-        for index, unit in enumerate(units):
-            cell = self.ranks[rank].memory[page * len(units) + index]
-            if writes:
-                cell[offset] = (prefix_hash, unit)
-            found = cell.get(offset)
-            assert found == (prefix_hash, unit), (
-                f"step {step.step_id} {step.group}: rank {rank} page {page} position {position} "
-                f"holds {found}, not {(prefix_hash, unit)}"
-            )
 
     def _run_move(self, rank: int, move: Move) -> None:
         state = self.ranks[rank]
