@@ -24,9 +24,10 @@ from nitsum.bench.driver import Answer, Driver, Workers
 from nitsum.bench.floor import kv_bytes, weight_bytes
 from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
+from nitsum.kv.cache import ArenaShape
 from nitsum.limits import STEP_LIMITS
 from nitsum.metrics.records import Recorder
-from nitsum.plan import PlanSet, parse_plan
+from nitsum.plan import Group, PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
 from nitsum.shape import ModelShape
 
@@ -110,7 +111,13 @@ def _note_memory(result: Result, workers: Workers) -> None:
     ready = workers.ready[0]
     gib = {f"memory_{name}_gib": size / 2**30 for name, size in ready.memory_bytes.items()}
     phases = {f"start_{name}_s": seconds for name, seconds in ready.phases.items()}
-    result.figures |= {**gib, **phases, "kv_tokens": float(workers.arena.num_units)}
+    result.figures |= {**gib, **phases, "kv_tokens": float(kv_tokens(workers.arena))}
+
+
+def kv_tokens(arena: ArenaShape) -> int:
+    """That fit one lane over all ranks."""
+    page_units = arena.page_units(Group(arena.num_ranks, 0))
+    return arena.num_units // page_units * arena.block_tokens
 
 
 def engine_config(options: Options) -> EngineConfig:

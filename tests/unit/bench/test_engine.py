@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nitsum.bench import cuda_engine
 from nitsum.bench.engine import Batch, Options, Timing, make_prompts, rate, spread
 from nitsum.bench.floor import kv_bytes, weight_bytes
+from nitsum.kv.cache import ArenaShape
 from nitsum.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -55,3 +57,10 @@ def test_prompts_are_new_in_each_round_and_the_same_in_each_run():
     assert first == again
     assert first != make_prompts(options, 500, 2, 1)
     assert [len(prompt) for prompt in first] == [12, 12]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_tokens"), [(1, 800), (2, 1600), (4, 3200)])
+def test_room_for_kv_is_counted_in_tokens(num_ranks: int, num_tokens: int):
+    """100 units a rank, four of them a block of 32 tokens on one rank, and fewer the more ranks."""
+    arena = ArenaShape(num_ranks, num_units=100, units_per_block=4, block_tokens=32)
+    assert cuda_engine.kv_tokens(arena) == num_tokens
