@@ -40,7 +40,7 @@ from nitsum.cost.protocol import FixedCost
 from nitsum.engine.client import ZmqEngineClient
 from nitsum.engine.core import Core
 from nitsum.engine.ipc import ServerLink
-from nitsum.engine.process import receive
+from nitsum.engine.process import MESSAGES_A_TURN, receive
 from nitsum.engine.tally import Tally
 from nitsum.events import NullSink
 from nitsum.kv.cache import ArenaShape
@@ -165,7 +165,7 @@ def run_engine(address: str, step_s: float, num_streams: int, parent: Connection
     poller.register(parent.fileno(), zmq.POLLIN)
     parent.send("ready")
     while parent.fileno() not in dict(poller.poll(executor.wait_ms())):
-        for message in link.receive():
+        for message in link.receive(MESSAGES_A_TURN):
             receive(core, link, message, tally)
         link.send(*core.turn())
     link.close()

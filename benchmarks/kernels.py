@@ -37,6 +37,7 @@ from nitsum.kernels.prepare import StepTensors, prepare, record
 from nitsum.kernels.qkv_rope import qkv_rope_write, split_heads
 from nitsum.kernels.shape_logits import shape_logits
 from nitsum.kernels.triton_attention import TritonAttention
+from nitsum.messages import Join
 from nitsum.model.cuda_ops import rope_table
 from nitsum.request import SamplingParams
 from nitsum.shape import RopeScaling
@@ -407,9 +408,15 @@ def bench_sampling(report: Report, vocab: int = 128256) -> None:
         bench_penalties(report, m, sets)
 
 
+def sampling_table(kind: SamplingParams, num_prompt: int, m: int) -> torch.Tensor:
+    """[m, LINE_INTS] int32, all lines alike."""
+    lines = tables.sampling_lines([Join(i, [], num_prompt, num_prompt, kind) for i in range(m)])
+    return torch.from_numpy(lines).to(DEVICE)
+
+
 def bench_draw(report: Report, name: str, kind: SamplingParams, sets: list[torch.Tensor]) -> None:
     m, vocab = sets[0].shape
-    table = tables.sampling_line(kind, 10, 0).to(DEVICE).expand(m, -1).contiguous()
+    table = sampling_table(kind, 10, m)
     slots, positions = ints([*range(m)]), ints([1000 + i for i in range(m)])
     buffers, needs = drawing.draw_buffers(m, vocab, DEVICE), tables.sampling_needs(kind)
     out = torch.zeros(m, dtype=torch.int32, device=DEVICE)
@@ -424,7 +431,7 @@ def bench_draw(report: Report, name: str, kind: SamplingParams, sets: list[torch
 def bench_penalties(report: Report, m: int, sets: list[torch.Tensor]) -> None:
     vocab = sets[0].shape[1]
     kind = SamplingParams(repetition_penalty=1.1, presence_penalty=0.1, logit_bias={5: 1.0})
-    table = tables.sampling_line(kind, 900, 0).to(DEVICE).expand(m, -1).contiguous()
+    table = sampling_table(kind, 900, m)
     slots, positions = ints([*range(m)]), ints([1024] * m)
     rows = torch.randint(0, vocab, (m, 8192), dtype=torch.int32, device=DEVICE)
     counts = torch.zeros(m, vocab, dtype=torch.int32, device=DEVICE)
