@@ -234,12 +234,12 @@ class Core:
         """Fill every rank's FIFO as far ahead as it may be."""
         load = self.generation.rank_load
         load.send_ahead(self.generation.send_ahead_s)
-        while not load.is_full and self._dispatch_round():
+        while load.is_due(self.clock.now()) and self._dispatch_round():
             pass
 
     def _set_alarm(self) -> None:
         generation, now = self.generation, self.clock.now()
-        self.next_turn_s = generation.rank_load.next_send_s(generation.loops.values(), now)
+        self.next_turn_s = generation.rank_load.next_send_s(now)
         if generation.switcher.has_portions:
             self.next_turn_s = min(self.next_turn_s, now + PORTION_S)
 

@@ -338,6 +338,7 @@ class Generation:
         for loop in loops:
             others = [o for o in loops if o is not loop and o.group.overlaps(loop.group)]
             loop.scheduler.neighbours = [other.scheduler for other in others]
+        self.rank_load.share(loops)
 
     def drain_lane(self, group: Group) -> None:
         loop = self.loops[group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -84,6 +85,8 @@ class RankLoad:
     """When each rank will be through with them."""
     last_s: list[float] = field(default_factory=list[float])
     """Predicted time of the step sent to each rank last."""
+    _shared: frozenset[int] = frozenset()
+    """Ranks that several lanes use."""
     _send_at_s: list[float] = field(default_factory=list[float])
     """When each rank should get its next step; infinite while it has no room for one."""
 
@@ -93,37 +96,45 @@ class RankLoad:
         self.last_s = [0.0 for _ in self.num_in_flight]
         self._send_at_s = [0.0 for _ in self.num_in_flight]
 
-    @property
-    def is_full(self) -> bool:
-        """No rank can take a step."""
-        return min(self.num_in_flight) >= STEPS_AHEAD
+    def is_due(self, now: float) -> bool:
+        """Some rank should get a step now."""
+        return min(self._send_at_s) <= now
+
+    def share(self, loops: Iterable[LaneLoop]) -> None:
+        """These are the lanes from now on. Ranks that several of them use are filled at once: their
+        lanes would wait for each other."""
+        used = Counter(rank for loop in loops for rank in loop.lane.ranks)
+        self._shared = frozenset(rank for rank, num_lanes in used.items() if num_lanes > 1)
+        self._plan_all()
 
     def send_ahead(self, seconds: float) -> None:
         """Ranks get their next steps so long before they are through, from now on."""
         if seconds != self.send_ahead_s:
             self.send_ahead_s = seconds
-            for rank in range(len(self._send_at_s)):
-                self._plan(rank)
+            self._plan_all()
+
+    def _plan_all(self) -> None:
+        for rank in range(len(self._send_at_s)):
+            self._plan(rank)
 
     def _plan(self, rank: int) -> None:
         num_in_flight, at_s = self.num_in_flight[rank], 0.0
-        if num_in_flight:
-            is_full = num_in_flight >= STEPS_AHEAD
-            at_s = inf if is_full else self.free_s[rank] - self.send_ahead_s
+        if num_in_flight >= STEPS_AHEAD:
+            at_s = inf
+        elif num_in_flight and rank not in self._shared:
+            at_s = self.free_s[rank] - self.send_ahead_s
         self._send_at_s[rank] = at_s
 
     def due(self, loops: Iterable[LaneLoop], now: float) -> list[LaneLoop]:
         """Lanes that should get a step now: their first rank is due (all are if no other lane uses
-        them). Ranks that lanes share are filled at once: they would wait for each other. Without
-        room, a lane matters only to those it shares ranks with: they are kept for it."""
+        them). Without room, a lane matters only to those it shares ranks with: they are kept for
+        it."""
         at_s = self._send_at_s
         return [loop for loop in loops if loop.scheduler.neighbours or at_s[loop.leader] <= now]
 
-    def next_send_s(self, loops: Iterable[LaneLoop], now: float) -> float:
+    def next_send_s(self, now: float) -> float:
         """When the next step is due that waits for its time, not for room."""
-        at_s = self._send_at_s
-        times = [at_s[loop.leader] for loop in loops if not loop.scheduler.neighbours]
-        return min([time_s for time_s in times if time_s > now], default=inf)
+        return min([at_s for at_s in self._send_at_s if at_s > now], default=inf)
 
     def free_for(self, loop: LaneLoop) -> bool:
         """Whether all ranks of the lane can take a step now; if not, keep those that can for it."""

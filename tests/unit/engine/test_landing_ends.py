@@ -69,7 +69,7 @@ class Lanes:
 
     def wait(self) -> None:
         at_s = [end for end, _, _ in self.under_way]
-        at_s.append(self.load.next_send_s(self.loops, self.now))
+        at_s.append(self.load.next_send_s(self.now))
         self.now = min((s for s in at_s if s > self.now), default=self.now)
 
 
