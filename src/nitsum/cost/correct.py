@@ -36,7 +36,10 @@ class CorrectedCost:
         self.factors: dict[int, float] = {}
 
     def step_time(self, lane: Lane, batch: BatchShape) -> float:
-        return self._base_time(lane, batch) * factor_of(self.factors, lane.group.degree)
+        factor = self.factors.get(lane.group.degree)
+        if factor is None:
+            factor = factor_of(self.factors, lane.group.degree)
+        return self._base_time(lane, batch) * factor
 
     def move_time(self, num_bytes: int) -> float:
         return self.base.move_time(num_bytes)

@@ -197,6 +197,8 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequen
     """
     if lane.rules.slack:
         step.others_bear_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
+        step.all_bear_s = min(*step.tight_s, step.others_bear_s)
+    step.most_tokens = _most_tokens(lane, step)
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
     left_at = [_left_tokens(sequences) for sequences in prefills]
@@ -312,9 +314,7 @@ def _chunk_tokens(
     """Tokens of this prompt the step takes; 0 if it takes none. A guaranteed share is no bound if
     nobody else's prompt wants the rest: `is_alone`."""
     left = sequence.num_remaining
-    most = min(left, _most_tokens(lane, step) - step.shape.num_tokens)
-    if lane.takes_turns:
-        most = min(most, _small_chunk(lane) - step.shape.prefill_tokens)
+    most = min(left, step.most_tokens - step.shape.num_tokens)
     level = lane.setting.level(sequence)
     if lane.shares.protects(level) and not sequence.promoted and not is_alone:
         most = min(most, max(1, int(lane.shares.credits[level]) - step.tokens[level]))
@@ -332,10 +332,12 @@ def _chunk_tokens(
 
 def _most_tokens(lane: LaneScheduler, step: Composed) -> int:
     """Positions the step may compute; with decodes in it, fewer, but some of prompts."""
-    num_decode, most = step.decodes.num_decode, lane.limits.max_mixed_tokens
-    if not num_decode:
-        return lane.limits.max_batch_tokens
-    return min(most, max(int(step.part * most), num_decode + _small_chunk(lane)))
+    num_decode, most = step.decodes.num_decode, lane.limits.max_batch_tokens
+    least = num_decode + _small_chunk(lane)
+    if num_decode:
+        mixed = lane.limits.max_mixed_tokens
+        most = min(mixed, max(int(step.part * mixed), least))
+    return min(most, least) if lane.takes_turns else most
 
 
 def _small_chunk(lane: LaneScheduler) -> int:
@@ -346,13 +348,12 @@ def _small_chunk(lane: LaneScheduler) -> int:
 def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int) -> int:
     """The chunk that all decodes bear; if it would come too late with that, the chunk that those
     of its own and higher tiers bear."""
-    others_s = min(step.others_bear_s, step.first_tight_s)
-    allowed_s = min(*step.tight_s, others_s)
+    allowed_s = min(step.all_bear_s, step.first_tight_s)
     count = _fitting(lane, step, sequence, most, allowed_s)
     if count == most:
         return count
     level = lane.setting.level(sequence)
-    higher_s = min(min(step.tight_s[: level + 1]), others_s)
+    higher_s = min(*step.tight_s[: level + 1], step.others_bear_s, step.first_tight_s)
     if higher_s <= allowed_s:
         return count
     num_steps = ceil(sequence.num_remaining / max(count, 1))

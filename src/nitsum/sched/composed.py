@@ -31,10 +31,12 @@ class Composed:
     """What `LaneScheduler.compose` hands to the engine."""
 
     __slots__ = (
+        "all_bear_s",
         "chunks",
         "decodes",
         "displaced",
         "first_tight_s",
+        "most_tokens",
         "next_due_s",
         "now",
         "num_free_slots",
@@ -90,6 +92,10 @@ class Composed:
         """How long the step may take for those it draws the first token of."""
         self.others_bear_s = inf
         """How long the step may take for lanes on the same ranks and for who comes right after."""
+        self.all_bear_s = inf
+        """The same for those and all of its decodes."""
+        self.most_tokens = 0
+        """Positions it may compute, those of prompts included."""
         self.next_due_s = inf
         """When the first of its decodes must have its token after this step's."""
 

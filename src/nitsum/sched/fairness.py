@@ -33,11 +33,19 @@ class Account:
         self.num_waiting = 0
 
 
+class _ByTenant(dict[str, Account]):
+    """Who is not known yet has an account from the first look."""
+
+    def __missing__(self, tenant: str) -> Account:
+        account = self[tenant] = Account(tenant)
+        return account
+
+
 class Accounts:
     """All tenants of one tier, over all lanes."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, Account] = {}
+        self._accounts = _ByTenant()
         self._waiting: list[tuple[float, int, Account]] = []
         """Heap of tenants with waiting requests; keys may be too small, never too large."""
         self.num_waiting = 0
@@ -48,10 +56,7 @@ class Accounts:
         self._ids = count()
 
     def __getitem__(self, tenant: str) -> Account:
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Account(tenant)
-        return account
+        return self._accounts[tenant]
 
     def forget_waiting(self) -> None:
         """All queues are gone; what was served is not."""
@@ -83,8 +88,9 @@ class Accounts:
     def charge_prompt(self, tenant: str, num_tokens: int) -> None:
         self[tenant].served += PROMPT_WEIGHT * num_tokens
 
-    def charge_answers(self, tenant: str, num_tokens: int) -> None:
-        self[tenant].served += ANSWER_WEIGHT * num_tokens
+    def charge_token(self, tenant: str) -> None:
+        """A token of an answer."""
+        self._accounts[tenant].served += ANSWER_WEIGHT
 
     @property
     def num_tenants(self) -> int:
@@ -95,11 +101,11 @@ class Accounts:
         would be lifted past it anyway."""
         least = self._least()
         floor = self._last_served if least is None else least
-        self._accounts = {
-            tenant: account
+        self._accounts = _ByTenant(
+            (tenant, account)
             for tenant, account in self._accounts.items()
             if account.num_waiting or account.served > floor
-        }
+        )
         self._most_accounts = max(_FORGET_ABOVE, 2 * len(self._accounts))
 
     def _least(self) -> float | None:

@@ -43,6 +43,11 @@ class LaneScheduler:
             TierQueue(setting.accounts_of(level), fair=self.rules.fair) for level in self.levels
         ]
         self.returning = [ReturnQueue() for _ in self.levels]
+        self._queued = [
+            (new.tickets, old.tickets)
+            for new, old in zip(self.waiting, self.returning, strict=True)
+        ]
+        """By level, who is in its queues."""
         self.running: list[dict[Sequence, None]] = [{} for _ in self.levels]
         self.paused: list[dict[Sequence, None]] = [{} for _ in self.levels]
         """Those of `returning` that have KV, on the device or in host memory."""
@@ -192,7 +197,7 @@ class LaneScheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_running) or any(map(self.has_queued, self.levels))
+        return bool(self.num_running or self.queued_levels())
 
     def with_kv(self) -> list[Sequence]:
         """Those that hold KV on the device, most urgent first."""
@@ -232,13 +237,13 @@ class LaneScheduler:
         self._take_turns(step)
         return step
 
-    def backlog(self) -> list[bool]:
-        """Which levels have work without a slot, or with one and no part in the last step."""
-        return [self.is_stalled[level] or self.has_queued(level) for level in self.levels]
+    def has_backlog(self, level: int) -> bool:
+        """The level has work without a slot, or with one and no part in the last step."""
+        return self.is_stalled[level] or any(self._queued[level])
 
-    def has_queued(self, level: int) -> bool:
-        """Somebody of the level has no slot."""
-        return bool(self.waiting[level].tickets or self.returning[level].tickets)
+    def queued_levels(self) -> list[int]:
+        """Levels of which somebody has no slot."""
+        return [level for level, (new, old) in enumerate(self._queued) if new or old]
 
     def shape_time(self, shape: BatchShape) -> float:
         return self._price(self.lane, shape)
@@ -327,11 +332,11 @@ class LaneScheduler:
 
     def _settle(self, step: Composed) -> None:
         """Keep the books of a composed step."""
-        self.shares.note_step(step.tokens, self.backlog())
+        self.shares.note_step(step.tokens, self.has_backlog)
         if self.rules.fair:
             self._charge(step)
         self.next_start_s = step.next_due_s - step.predicted_s
-        for level in filter(self.has_queued, self.levels):
+        for level in self.queued_levels():
             head = next_of(self, level, step.now)
             if head is not None:
                 self.next_start_s = min(self.next_start_s, head.latest_start_s)
@@ -340,10 +345,6 @@ class LaneScheduler:
         accounts = self.setting.accounts
         if not any(account.num_tenants > 1 for account in accounts.values()):
             return
-        counts: dict[tuple[str, str], int] = {}
         for sequence, _, _, samples in step.chunks:
             if samples:
-                key = sequence.tier, sequence.request.tenant
-                counts[key] = counts.get(key, 0) + 1
-        for (tier, tenant), count in counts.items():
-            accounts[tier].charge_answers(tenant, count)
+                accounts[sequence.tier].charge_token(sequence.request.tenant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class Shares:
@@ -20,26 +20,27 @@ class Shares:
         self.credits = [0.0] * len(self.shares)
         self._any = any(self.shares)
 
-    def note_step(self, tokens_by_level: Sequence[int], waits: Sequence[bool]) -> None:
-        """A step gave each level so many tokens; `waits` says who still has work queued."""
+    def note_step(self, tokens_by_level: Sequence[int], waits: Callable[[int], bool]) -> None:
+        """A step gave each level so many tokens; `waits` says which still have work queued."""
         if not self._any:
             return
         total = sum(tokens_by_level)
         for level, share in enumerate(self.shares):
             if not share:
                 continue
-            earned = share * total if waits[level] or tokens_by_level[level] else 0.0
+            is_waiting = waits(level)
+            earned = share * total if is_waiting or tokens_by_level[level] else 0.0
             credit = self.credits[level] + earned - tokens_by_level[level]
             # Idle levels keep no debt, and nobody saves up for more than a few turns.
-            floor = -float(self.quantum_tokens) if waits[level] else 0.0
+            floor = -float(self.quantum_tokens) if is_waiting else 0.0
             self.credits[level] = min(max(credit, floor), 4.0 * self.quantum_tokens)
 
-    def owed(self, waits: Sequence[bool]) -> int | None:
+    def owed(self, waits: Callable[[int], bool]) -> int | None:
         """The level that has a turn coming, lowest first."""
         if not self._any:
             return None
         for level in range(len(self.shares) - 1, 0, -1):
-            if waits[level] and self.credits[level] >= self.quantum_tokens:
+            if self.credits[level] >= self.quantum_tokens and waits(level):
                 return level
         return None
 

@@ -53,10 +53,10 @@ def _next_candidate(lane: LaneScheduler, step: Composed) -> Candidate | None:
         if waited is not None:
             return Candidate(waited, PROMOTED)
         if lane.num_running < lane.limits.max_num_seqs:
-            owed = lane.shares.owed(lane.backlog())
+            owed = lane.shares.owed(lane.has_backlog)
             if owed is not None and (head := _owed_head(lane, owed, now)) is not None:
                 return Candidate(head, owed)
-    for level in filter(lane.has_queued, lane.levels):
+    for level in lane.queued_levels():
         if (head := next_of(lane, level, now)) is not None:
             return Candidate(head, level)
     return None

@@ -54,7 +54,7 @@ def test_gap_between_backlogged_tenants_is_bounded(sizes, num_slots, num_steps):
             running[head] = sequences[head]
         for sequence in list(running):
             tenant = sequence.request.tenant
-            accounts.charge_answers(tenant, 1)
+            accounts.charge_token(tenant)
             served[tenant] += ANSWER_WEIGHT
             running[sequence] -= 1
             if not running[sequence]:
