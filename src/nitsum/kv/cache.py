@@ -277,23 +277,28 @@ class KvCache:
         block.refs += 1
 
     def drop(self, blocks: Iterable[Block]) -> None:
-        """One user less for each block; without users it stays cached if hashed, else is freed."""
+        """One user less for each block of one layout; without users it stays cached if hashed, else
+        is freed."""
+        idle: list[Block] = []
         for block in blocks:
             assert block.refs > 0, "block dropped twice"
             block.refs -= 1
             if block.refs:
                 continue
             if block.hash is not None:
-                self.prefixes.park(block)
+                idle.append(block)
             else:
                 self._eviction.release(block.group, block.pages)
+        self.prefixes.park(idle)
 
     def let_go(self, blocks: Iterable[Block], num_refs: int, *, keep: bool) -> None:
-        """Nobody reads these blocks any more: unpin them, and drop `num_refs` references each.
+        """Nobody reads these blocks of one layout any more: unpin them, and drop `num_refs`
+        references each.
 
         Blocks without users stay cached if `keep` says so and they are hashed, else are freed.
         """
         self._eviction.look_anew()
+        idle: list[Block] = []
         for block in blocks:
             block.pins -= 1
             block.refs -= num_refs
@@ -301,10 +306,11 @@ class KvCache:
                 continue
             if block.hash is not None:
                 if keep:
-                    self.prefixes.park(block)
+                    idle.append(block)
                     continue
                 self.prefixes.unlist(block)
             self._eviction.release(block.group, block.pages)
+        self.prefixes.park(idle)
 
     def evict(self, block: Block) -> None:
         """Free a cached, unreferenced block."""

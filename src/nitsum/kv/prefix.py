@@ -93,18 +93,21 @@ class PrefixIndex:
         del self._by_hash[block.group][block.hash]
         block.hash = None
 
-    def park(self, block: Block) -> None:
-        """The last reference went away: keep it as the most recently used of its level."""
-        self._clock += 1
-        group, level = block.group, self._level(block)
-        levels = self._idle.get(group)
-        if levels is None:
-            levels = self._idle[group] = {}
-        blocks = levels.get(level)
-        if blocks is None:
-            blocks = levels[level] = OrderedDict()
-        blocks[block] = self._clock
-        self.num_idle[group] = self.num_idle.get(group, 0) + 1
+    def park(self, blocks: Sequence[Block]) -> None:
+        """The last references of blocks of one layout went away: keep them as the most recently
+        used of their levels, the last one more than the first."""
+        if not blocks:
+            return
+        group = blocks[0].group
+        levels = self._idle.setdefault(group, {})
+        for block in blocks:
+            level = self._level(block)
+            queue = levels.get(level)
+            if queue is None:
+                queue = levels[level] = OrderedDict()
+            self._clock += 1
+            queue[block] = self._clock
+        self.num_idle[group] = self.num_idle.get(group, 0) + len(blocks)
 
     def use(self, block: Block) -> None:
         """A reference came (back): it is no candidate for eviction."""
@@ -190,7 +193,7 @@ class PrefixIndex:
         else:
             self._kept.pop(block_hash, None)
         for block in idle:
-            self.park(block)
+            self.park([block])
 
     def all_blocks(self) -> Iterator[Block]:
         for blocks in self._by_hash.values():

@@ -44,10 +44,10 @@ class Feed:
         self._calls: dict[str, tuple[WorkItem, Sequence]] = {}
         """Calls under way that others follow."""
         self._tie_breaks = count()
-
-    @property
-    def next_s(self) -> float:
+        self.next_s = self._find_next_s()
         """When the engine hears of the next request; infinite when only answers can bring one."""
+
+    def _find_next_s(self) -> float:
         own = self._next.at_s if self._next is not None else INFINITY
         return (min(own, self._later[0][0]) if self._later else own) + self.front_door_s
 
@@ -55,6 +55,7 @@ class Feed:
         """Items that the engine has heard of by `now`, in order of time."""
         while self.next_s <= now:
             item, known = self._pop()
+            self.next_s = self._find_next_s()
             self.num_submitted += 1
             self.last_arrival_s = item.at_s
             yield item, self._request(item, known)
@@ -74,6 +75,7 @@ class Feed:
         if following is not None:
             entry = (following.at_s, next(self._tie_breaks), following, sequence.hashes)
             heapq.heappush(self._later, entry)
+            self.next_s = self._find_next_s()
 
     def _pop(self) -> tuple[WorkItem, list[int]]:
         """The next item and the hashes of its leading blocks that are known."""
