@@ -367,8 +367,13 @@ def _fitting(
 ) -> int:
     if allowed_s == inf:
         return most
-    step_time, left = lane.shape_time, sequence.num_remaining
-    return largest_chunk(step_time, step.shape, sequence.num_dispatched, left, most, allowed_s)
+    step_time, left, before = lane.shape_time, sequence.num_remaining, step.shape.prefill_tokens
+    near = lane.slack_tokens - before
+    start = sequence.num_dispatched
+    count = largest_chunk(step_time, step.shape, start, left, most, allowed_s, near)
+    if count < most:
+        lane.slack_tokens = before + count
+    return count
 
 
 def _neighbours_bear_s(lane: LaneScheduler, step: Composed) -> float:

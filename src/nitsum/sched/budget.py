@@ -28,10 +28,16 @@ def with_prefill(shape: BatchShape, start: int, num_tokens: int, samples: bool) 
 
 
 def largest_chunk(
-    step_time: StepTime, shape: BatchShape, start: int, num_left: int, most: int, allowed_s: float
+    step_time: StepTime,
+    shape: BatchShape,
+    start: int,
+    num_left: int,
+    most: int,
+    allowed_s: float,
+    near: int = 0,
 ) -> int:
     """The largest chunk, up to `most` of the `num_left` tokens, for which the step takes at most
-    `allowed_s`; 0 when not even one token fits."""
+    `allowed_s`; 0 when not even one token fits. A good guess, `near`, saves looks."""
 
     def seconds(num_tokens: int) -> float:
         samples = num_tokens == num_left
@@ -46,24 +52,31 @@ def largest_chunk(
     under_s = allowed_s - step_time(shape)
     if under_s < 0.0:
         return 0
-    return _last_fitting(seconds, high, under_s, high_s - allowed_s, allowed_s)
+    return _last_fitting(seconds, high, under_s, high_s - allowed_s, allowed_s, near)
 
 
 def _last_fitting(
-    seconds: Callable[[int], float], high: int, under_s: float, over_s: float, allowed_s: float
+    seconds: Callable[[int], float],
+    high: int,
+    under_s: float,
+    over_s: float,
+    allowed_s: float,
+    near: int,
 ) -> int:
     """The last count before `high` that takes no more than `allowed_s`. None at all takes `under_s`
     less than that, `high` takes `over_s` more.
 
-    Where a straight line between the two ends would cross is looked first. An end that stays twice
-    counts half from then on (the Illinois rule), and where that does not help, halving does.
+    The first look is at `near`, if that is above 0, the others are where a straight line between
+    the two ends would cross. An end that stays twice counts half from then on (the Illinois rule),
+    and where that does not help, halving does.
     """
     low, num_looks = 0, 0
     num_fit = num_over = 0
     while high - low > 1:
         num_looks += 1
         way = under_s / (under_s + over_s) if num_looks % HALVE_EVERY else 0.5
-        middle = min(max(low + int(way * (high - low)), low + 1), high - 1)
+        middle = near if near > 0 and num_looks == 1 else low + int(way * (high - low))
+        middle = min(max(middle, low + 1), high - 1)
         rest_s = allowed_s - seconds(middle)
         if rest_s >= 0.0:
             low, under_s = middle, rest_s

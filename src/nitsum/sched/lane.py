@@ -89,6 +89,9 @@ class LaneScheduler:
         self.step_takes_tokens = float(self.limits.max_mixed_tokens)
         """Prompt tokens a step takes on when there are enough: where more have slots already, what
         is late anyway gets none."""
+        self.slack_tokens = 0
+        """Prompt tokens for which slack had room when it last was what bounded a step: the next
+        search begins there."""
         self.skipped: dict[Sequence, int] = {}
         """Steps in a row that left a loose request out."""
 
