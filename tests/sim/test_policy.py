@@ -7,6 +7,7 @@ from dataclasses import replace
 from nitsum.cost.protocol import FixedCost
 from nitsum.events import EventLog, Promoted, Started, StepEnded, StepSent
 from nitsum.metrics.records import Recorder
+from nitsum.sched.targets import DELIVERY_S
 from nitsum.sim.run import Options, simulate
 from nitsum.tier import BATCH, DEFAULT, FLEX, PRIORITY
 from nitsum.workload.items import WorkItem
@@ -40,6 +41,19 @@ def test_short_answers_keep_their_pace_beside_endless_prompts():
     recorder, _ = run(items)
     paces = [r.tpot_s for r in recorder.requests.values() if r.tier_asked == "priority"]
     assert all(pace is not None and pace <= PRIORITY.tpot_s for pace in paces)
+
+
+def test_prompts_leave_answers_the_time_that_their_way_to_the_client_takes():
+    """Streams whose pace is all that bounds the prompts beside them are a little ahead of it."""
+    pace_s = 0.01
+    tiers = tuple(replace(t, tpot_s=pace_s) if t.name == "priority" else t for t in TIERS)
+    answers = [item(f"answer-{i}", 0.5 + 1.1 * i, 30, 50, "priority") for i in range(6)]
+    items = sorted([*prompts_all_the_time("flex", count=200), *answers], key=lambda x: x.at_s)
+    recorder, _ = run(items, tiers, cost=FixedCost(0.004, 5e-5))
+    records = (recorder.requests[answer.request_id] for answer in answers)
+    early_s = [49 * (pace_s - record.tpot_s) for record in records]
+    assert min(early_s) >= DELIVERY_S
+    assert max(early_s) < pace_s  # and not much: prompts have the rest
 
 
 def test_a_prompt_that_comes_during_a_long_step_is_part_of_the_next():

@@ -18,6 +18,7 @@ from nitsum.cost.shapes import SHAPES
 from nitsum.engine.core import Core
 from nitsum.engine.fake_executor import FakeExecutor
 from nitsum.events import NullSink
+from nitsum.garbage import collect_when_told
 from nitsum.kv.cache import ArenaShape
 from nitsum.plan import PlanSet, parse_plan
 from nitsum.request import Request, SamplingParams
@@ -110,6 +111,7 @@ def admit_per_s(count: int = 20_000, plan: str = "2xTP2", num_ranks: int = 4) ->
 
 
 def main() -> None:
+    collect_when_told()  # as the engine's process does
     for num_waiting, num_running in ((1000, 128), (1000, 256), (1000, 512), (4000, 512)):
         print(
             f"decide_ms_{num_waiting}w_{num_running}r {decide_ms(num_waiting, num_running):.3f}",

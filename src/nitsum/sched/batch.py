@@ -11,7 +11,7 @@ from nitsum.request import Sequence
 from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.composed import Composed
 from nitsum.sched.order import in_order
-from nitsum.sched.targets import LOOSEST, MARGIN, TIGHTEST
+from nitsum.sched.targets import DELIVERY_S, LOOSEST, MARGIN, TIGHTEST
 from nitsum.step import EMPTY, BatchShape, Chunk, make_chunk
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _add_level(
             due_s = first_s + (total - sequence.num_prompt) * pace_s
             allowed_s = LOOSEST * pace_s
             if first_s <= sequence.missed_after_s:
-                ahead_s = due_s - start_s - MARGIN * pace_s
+                ahead_s = due_s - start_s - MARGIN * pace_s - DELIVERY_S
                 if ahead_s < allowed_s:
                     allowed_s = max(ahead_s, TIGHTEST * pace_s)
             if allowed_s < tight_s:
@@ -303,7 +303,7 @@ def _hold_to_first_token(
     lane: LaneScheduler, step: Composed, sequence: Sequence, pace_s: float
 ) -> None:
     """What else the step takes on must not make its first token late, unless it is anyway."""
-    allowed_s = sequence.first_due_s - step.start_s - MARGIN * pace_s
+    allowed_s = sequence.first_due_s - step.start_s - MARGIN * pace_s - DELIVERY_S
     if allowed_s < step.first_tight_s and lane.step_time(step) <= allowed_s:
         step.first_tight_s = allowed_s
 
