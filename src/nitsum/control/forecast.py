@@ -107,6 +107,8 @@ class Arrivals:
         self.lead_s = lead_s
         """How far ahead a forecast looks."""
         self.by_tier: dict[str, TierArrivals] = {}
+        self._noticed_s = float("-inf")
+        """When the last change was noticed; when it was is each tier's `changed_s`."""
         self._prompts: dict[str, int] = {}
 
     def arrived(self, event: Arrived) -> None:
@@ -136,17 +138,27 @@ class Arrivals:
 
     def notice_changes(self, now: float) -> list[str]:
         """Tiers whose last seconds do not fit their rate; from now on only these seconds count,
-        for all tiers: a mix changes as a whole."""
+        for all tiers: a mix changes as a whole. Not before a burst after the last one."""
+        if now - self._noticed_s < self.burst_s:
+            return []
         changed = [name for name, tier in self.by_tier.items() if self._has_changed(tier, now)]
         if changed:
+            self._noticed_s = now
             changed_s = self._moment_of_change(now)
             for tier in self.by_tier.values():
                 tier.changed_s = changed_s
         return changed
 
+    def _recent_s(self, now: float) -> float:
+        """What is compared with the time before: a burst, and never more than half of what there
+        is since the last change, or nothing would be left to compare it with."""
+        changed_s = max((tier.changed_s for tier in self.by_tier.values()), default=0.0)
+        return min(self.burst_s, (now - changed_s) / 2)
+
     def _moment_of_change(self, now: float) -> float:
-        """Somewhere in the last burst."""
-        start_s = now - self.burst_s
+        """Somewhere in the seconds that do not fit."""
+        recent_s = self._recent_s(now)
+        start_s = now - recent_s
         known = [
             (tier.rate_before(start_s, self.window_s), [t for t in tier.times if t >= start_s])
             for tier in self.by_tier.values()
@@ -158,14 +170,15 @@ class Arrivals:
                 for rate, times in known
             )
 
-        moments = [start_s + self.burst_s * i / NUM_MOMENTS for i in range(NUM_MOMENTS)]
+        moments = [start_s + recent_s * i / NUM_MOMENTS for i in range(NUM_MOMENTS)]
         return max(moments, key=lambda at_s: (gain(at_s), at_s))
 
     def _has_changed(self, tier: TierArrivals, now: float) -> bool:
-        if tier.may_wait or now - max(tier.changed_s, tier.first_s) < 2 * self.burst_s:
+        if tier.may_wait or now - tier.first_s < 2 * self.burst_s:
             return False
-        expected = tier.rate(now, self.window_s) * self.burst_s
-        count = tier.since(now - self.burst_s)
+        recent_s = self._recent_s(now)
+        expected = tier.rate(now, self.window_s) * recent_s
+        count = tier.since(now - recent_s)
         return abs(count - expected) > DEVIATIONS * sqrt(max(expected, 1.0))
 
     def load(self, now: float, waiting: dict[str, Waiting] | None = None) -> Load:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nitsum.control.forecast import Arrivals, Waiting, waiting_by_tier
 from nitsum.control.outcomes import Outcomes
@@ -83,6 +85,45 @@ def test_the_moment_of_a_change_is_found(ago_s: float):
     assert arrivals.notice_changes(30.0 + ago_s) == ["default"]
     changed_s = arrivals.by_tier["default"].changed_s
     assert changed_s == pytest.approx(30.0, abs=0.15)
+
+
+def notices(arrivals: Arrivals, mixes: list[tuple[float, float, int, str]]) -> list[float]:
+    """When changes are noticed that are looked for every 0.2 s, of (start, end, rate, tier)."""
+    events = [
+        arrived(f"{tier}{start_s}-{i}", start_s + i / per_s, tier)
+        for start_s, end_s, per_s, tier in mixes
+        for i in range(int((end_s - start_s) * per_s))
+    ]
+    found: list[float] = []
+    for look in range(1, round(mixes[-1][1] / 0.2)):
+        now = 0.2 * look
+        while events and events[0].at_s <= now:
+            arrivals.arrived(events.pop(0))
+        if arrivals.notice_changes(now):
+            found.append(now)
+    return found
+
+
+@given(st.floats(1.0, 8.0), st.integers(8, 12), st.integers(20, 40))
+def test_a_change_soon_after_another_is_noticed_a_burst_after_it_at_the_latest(
+    stay_s: float, chats_per_s: int, reads_per_s: int
+):
+    """Or once it has lasted two seconds; however near to its notice the one before was dated."""
+    arrivals = Arrivals(TierSet())
+    back_s = 30.0 + stay_s
+    found = notices(
+        arrivals,
+        [
+            (0.0, 8.0, reads_per_s, "default"),
+            (8.0, 30.0, chats_per_s, "priority"),
+            (30.0, back_s, reads_per_s, "default"),
+            (back_s, back_s + 6.0, chats_per_s, "priority"),
+        ],
+    )
+    first_s, second_s = (at_s for at_s in found if at_s > 30.0)
+    assert first_s <= 31.0
+    assert second_s <= max(first_s + arrivals.burst_s, back_s + 2.0) + 0.2
+    assert arrivals.by_tier["priority"].changed_s == pytest.approx(back_s, abs=0.7)
 
 
 def test_a_burst_of_work_with_a_deadline_is_no_change():
