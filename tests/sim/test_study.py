@@ -50,6 +50,14 @@ def test_a_study_from_file_to_page(tmp_path: Path):
     assert isinstance(explained(result), str)
 
 
+def test_a_study_names_its_blocks_and_its_bound(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(STUDY + "block_tokens: 32\nmax_mixed_tokens: 1024\n")
+    bench = Bench.of(load_study(tmp_path / "study.yaml", tmp_path))
+    for system in (bench.ours, *bench.statics):
+        assert system.arena.block_tokens == system.config.block_tokens == 32
+        assert system.config.max_mixed_tokens == 1024
+
+
 def test_ratios_by_hand():
     result = WindowResult(
         name="w",

@@ -72,13 +72,20 @@ def _asked(windows: list[StudyWindow], names: tuple[object, ...]) -> list[StudyW
     return [window for window in windows if not names or window.mix.name in names]
 
 
+def _bound(max_mixed_tokens: int) -> str:
+    if not max_mixed_tokens:
+        return "steps with decodes not bounded apart"
+    return f"steps with decodes of at most {max_mixed_tokens} tokens"
+
+
 def _save(folder: Path, results: list[WindowResult], points: list[Point], bench: Bench) -> None:
     """Everything so far: a study takes minutes, and may be broken off."""
     folder.mkdir(parents=True, exist_ok=True)
     study = bench.study
     notes = (
         f"Simulated, not served: {study.model} on {study.machine}; ours holds "
-        f"{', '.join(study.plans)}; arrivals of the first {study.warmup_s:g} s are not judged; "
+        f"{', '.join(study.plans)}; blocks of {study.block_tokens} tokens, "
+        f"{_bound(study.max_mixed_tokens)}; arrivals of the first {study.warmup_s:g} s are not judged; "
         f"targets: {bench.targets.source}. layout_bound: the best static layout of every "
         f"{study.cell_s:g} s over the best of all, without any price for changing."
     )

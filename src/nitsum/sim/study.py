@@ -71,6 +71,11 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Layouts it is compared with; empty: uniform lanes of every degree that fits."""
     warmup_s: float = 60.0
     """Arrivals before that are not judged."""
+    block_tokens: int = 16
+    """Of the KV cache. Like the bound below it stays what it is when `serve` comes to another
+    default, so that figures of one study can be compared."""
+    max_mixed_tokens: int = 0
+    """Of steps with decodes; 0: as of any step."""
     cell_s: float = 30.0
     drain_s: float = 60.0
     switch_costs_s: list[float] = []
@@ -194,6 +199,8 @@ class Bench:
             model=study.model,
             shape=shape_named(study.model),
             machine=Machine.parse(study.machine),
+            block_tokens=study.block_tokens,
+            max_mixed_tokens=study.max_mixed_tokens,
         )
         targets = site_targets(site)
         site = replace(site, tiers=held_to(site.tiers, targets))
