@@ -85,9 +85,10 @@ def _save(folder: Path, results: list[WindowResult], points: list[Point], bench:
     notes = (
         f"Simulated, not served: {study.model} on {study.machine}; ours holds "
         f"{', '.join(study.plans)}; blocks of {study.block_tokens} tokens, "
-        f"{_bound(study.max_mixed_tokens)}; arrivals of the first {study.warmup_s:g} s are not judged; "
-        f"targets: {bench.targets.source}. layout_bound: the best static layout of every "
-        f"{study.cell_s:g} s over the best of all, without any price for changing."
+        f"{_bound(study.max_mixed_tokens)}; arrivals of the first "
+        f"{study.warmup_s:g} s are not judged; targets: {bench.targets.source}. "
+        f"layout_bound: the best static layout of every {study.cell_s:g} s over the best of "
+        "all, without any price for changing."
     )
     found = figures(results) | (article_figures(points) if points else {})
     content = msgspec.json.encode(summary(found, notes))

@@ -76,6 +76,11 @@ class Courier:
         """Some sources have not been let go yet."""
         return bool(self._leaving)
 
+    def wants_more(self, group: Group) -> bool:
+        """Every rank of the group can be sent at least an eighth of what may be under way to it."""
+        before = max(self._num_units[rank] for rank in group.ranks)
+        return 8 * before <= 7 * self.units_under_way
+
     def room(self, group: Group, block_units: int, num_waiting: int = 0) -> int:
         """Blocks of `block_units` units that every rank of the group may be sent now, beyond
         `num_waiting` units; one in any case if it has nothing before it."""

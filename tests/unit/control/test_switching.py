@@ -2,9 +2,12 @@
 
 import pytest
 
+from nitsum.control.courier import Courier
+from nitsum.control.following import Following
 from nitsum.events import StepSent, WaveCommitted
 from nitsum.kv.prefix import hash_prompt
 from nitsum.kv.transfer import Transfer
+from nitsum.messages import Pull, RowPull
 from nitsum.plan import Group, read_plans
 from tests.unit.engine.machine import Machine
 
@@ -148,23 +151,77 @@ def test_there_and_back_stays_in_place():
     machine.drain()
 
 
-def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole():
-    machine = Machine(2, units_per_block=2, num_blocks=200, max_num_seqs=16, max_batch_tokens=64)
+def full_of_prefixes(prompts: list[list[int]], **settings: object) -> Machine:
+    """One lane that nobody uses, and what it cached."""
+    settings = {"max_num_seqs": 16, "max_batch_tokens": 64, **settings}
+    machine = Machine(2, units_per_block=2, num_blocks=200, **settings)  # type: ignore[arg-type]
     machine.switch("TP2")
     machine.drain()
-    prompts = [[i] * 20 for i in range(12)]
     for prompt in prompts:
         machine.submit(prompt, max_tokens=2)
     machine.drain()
+    return machine
+
+
+@pytest.mark.parametrize("precopy_units", [0, 24, 6])
+def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole(precopy_units: int):
+    """However little may be under way at once, which has room at one moment and not at another."""
+    prompts = [[i] * 20 for i in range(12)]
+    machine = full_of_prefixes(prompts, precopy_units=precopy_units)
     machine.switch("2xTP1")
     machine.drain()
-    kv = machine.core.generation.kv
+    prefixes = machine.core.generation.kv.prefixes
     found = [
-        [kv.prefixes.match(Group(1, rank), hash_prompt(prompt, 4)) for rank in range(2)]
-        for prompt in prompts
+        [len(prefixes.in_layout(Group(1, rank)).keys() & hash_prompt(p, 4)) for rank in range(2)]
+        for p in prompts
     ]
-    assert all(min(matches) == 0 for matches in found)
-    assert {matches.index(max(matches)) for matches in found if any(matches)} == {0, 1}
+    assert all(min(counts) == 0 for counts in found)
+    assert {counts.index(max(counts)) for counts in found if any(counts)} == {0, 1}
+    assert sum(map(max, found)) >= 50, "of 60 blocks; pages that grow in place evict a few"
+
+
+class Withholding:
+    """A machine whose ranks acknowledge a copy when the test says so."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int]] = []
+        """(rank, units) of every move; its id is its place."""
+
+    def send_move(
+        self, rank: int, pulls: list[Pull], rows: list[RowPull], after: list[tuple[int, int]]
+    ) -> int:
+        self.sent.append((rank, sum(len(pull.dst_units) for pull in pulls)))
+        return len(self.sent)
+
+    def num_settled(self, rank: int) -> int:
+        return 0
+
+    def num_sent(self, rank: int) -> int:
+        return 0
+
+    def take_slot(self) -> int | None:
+        raise AssertionError("no request is moved")
+
+    def free_slot(self, slot: int) -> None:
+        raise AssertionError("no request is moved")
+
+
+def test_cached_prefixes_are_sent_in_portions_not_a_few_blocks_at_a_time():
+    """A rank that has all it may have before it is sent more when an eighth of that has arrived."""
+    machine = full_of_prefixes([[i] * 80 for i in range(8)])
+    mover = Withholding()
+    courier = Courier(mover, 64)
+    for i in range(32):
+        courier.send(i % 2, [Pull(i % 2, [0] * 4, [0] * 4)], [], [])
+    plan = read_plans(["2xTP1"], 2)["2xTP1"]
+    following = Following(machine.core.generation, courier, number=1, sources=[WIDE], plan=plan)
+    for move_id in range(1, 33):
+        courier.acknowledge(move_id, 0)
+        following.advance(32)
+    portions = [[num for at, num in mover.sent[32:] if at == rank] for rank in (0, 1)]
+    for sent in portions:
+        assert sum(sent) >= 56
+        assert min(sent) >= 8
 
 
 def test_newcomers_wait_for_sources_to_go_not_for_cached_prefixes_to_follow(
