@@ -77,10 +77,10 @@ def test_soak_reaches_what_it_is_for():
     tiers = tuple(replace(tier, ttft_s=60.0) if tier.ttft_s else tier for tier in DEFAULT_TIERS)
     used: list[float] = []
     num_relocations = num_switches = 0
-    for seed in range(6):
+    for seed in range(10):
         machine = Machine(4, seed=seed, num_blocks=24, tiers=tiers)
         relocations = count_relocations(machine)
-        used += soak(machine, seed, num_turns=400, num_live=16)
+        used += soak(machine, seed, num_turns=250, num_live=16)
         machine.drain()
         num_relocations += relocations[0]
         num_switches += sum(report.ok for report in machine.reports)
