@@ -7,6 +7,7 @@ import argparse
 from nitsum.cli import (
     bench_control,
     bench_engine,
+    bench_first,
     bench_load,
     bench_overlay,
     bench_soak,
@@ -25,6 +26,12 @@ _MEASUREMENTS = (
         "what a plan switch costs the streams that run across it",
         bench_switch.add_arguments,
         bench_switch.run,
+    ),
+    (
+        "first",
+        "what the first request of a class takes, over the median of later ones",
+        bench_first.add_arguments,
+        bench_first.run,
     ),
     (
         "overlay",

@@ -69,7 +69,7 @@ def _options(args: argparse.Namespace) -> Options:
     for name in ("switches", "streams", "prompt_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
-    plans = _plans(args)
+    plans = read_plan_set(args.plans, args.ranks)
     check_plans(plans)
     model = checkpoint_folder(args.model)
     options = Options(
@@ -94,10 +94,11 @@ def _options(args: argparse.Namespace) -> Options:
     return options
 
 
-def _plans(args: argparse.Namespace) -> PlanSet:
-    text = args.plans or f"{args.ranks}xTP1,TP{args.ranks}"
+def read_plan_set(text: str, num_ranks: int) -> PlanSet:
+    """Plans joined by commas; none are the narrowest and the widest. Raises `ConfigError`."""
+    text = text or f"{num_ranks}xTP1,TP{num_ranks}"
     try:
-        return read_plans(list(entries(text)), args.ranks)
+        return read_plans(list(entries(text)), num_ranks)
     except ValueError as error:
         raise ConfigError(f"--plans: {error}, not {text!r}.") from error
 
