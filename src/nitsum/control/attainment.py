@@ -38,18 +38,18 @@ def attained(load: TierLoad, alone: list[float], queue: Queue) -> tuple[float, f
     decay_s = service_s * spread / (queue.num_lanes * (1.0 - busy))
     before_s = STEPS_BEFORE * queue.step_s * busy
     met = p99 = 0.0
-    for probe, alone_s in zip(load.probes, alone, strict=True):
+    for (prompt_tokens, ttft_s), own_s in zip(load.probes, alone, strict=True):
         # On a busy lane a prompt goes at the pace that the step bound leaves.
-        shared_s = service_s * probe.prompt_tokens / load.prompt_tokens
-        own_s = alone_s + max(0.0, shared_s - alone_s) * busy
-        met += _in_time(probe.ttft_s, own_s + before_s, wait_chance, decay_s)
-        p99 = max(p99, own_s)
+        shared_s = service_s * prompt_tokens / load.prompt_tokens
+        if shared_s > own_s:
+            own_s += (shared_s - own_s) * busy
+        if own_s > p99:
+            p99 = own_s
+        if ttft_s is None:
+            met += 1.0
+            continue
+        slack_s = ttft_s - (own_s + before_s)
+        if slack_s >= 0.0:
+            met += 1.0 - wait_chance * exp(-slack_s / decay_s)
     tail_s = decay_s * log(wait_chance / 0.01) if wait_chance > 0.01 else 0.0
     return met / max(1, len(load.probes)), p99 + before_s + tail_s
-
-
-def _in_time(target_s: float | None, own_s: float, wait_chance: float, decay_s: float) -> float:
-    if target_s is None:
-        return 1.0
-    slack_s = target_s - own_s
-    return 0.0 if slack_s < 0.0 else 1.0 - wait_chance * exp(-slack_s / decay_s)

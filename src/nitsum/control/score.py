@@ -214,6 +214,10 @@ class _Filling:
         self.scorer = scorer
         self.shape = shape
         num = len(shape.classes)
+        self.over = [
+            [(a, row[c]) for a, row in enumerate(shape.cover) if row[c]] for c in range(num)
+        ]
+        """By class: those that use its ranks, itself included, and their part of them."""
         self.used = [0.0] * num
         """Share of time that each class's lanes work for the tiers added so far."""
         self.bound_s = [DECODE_PATIENCE_S] * num
@@ -248,10 +252,11 @@ class _Filling:
         for c, capacity, room, of_class in zip(places, capacities, left, rates, strict=True):
             if of_class <= 0.0:
                 continue
-            met, ttft_s = self._attained(c, load, capacity, room, share)
+            step_s = self._mean_step(c, capacity, share)
+            met, ttft_s = self._attained(c, load, capacity, room, share, step_s)
             served = rate * of_class / total
             feasible += min(served, of_class * FULL) * met
-            ttft, tpot = max(ttft, ttft_s), max(tpot, self._mean_step(c, capacity, share))
+            ttft, tpot = max(ttft, ttft_s), max(tpot, step_s)
             self._use(c, load, capacity, room * min(1.0, share), served)
             if self._hands(c):
                 tpot = max(tpot, self._go_on(then, load, min(served, of_class)))
@@ -306,14 +311,12 @@ class _Filling:
 
     def _sharers(self, c: int, places: list[int]) -> float:
         """How many of `places` use the class's ranks, itself included: they halve its time."""
-        return sum(self.shape.cover[a][c] for a in places)
+        return sum(part for a, part in self.over[c] if a in places)
 
     def _left(self, c: int) -> float:
         """Share of its time that a class's lanes have left."""
-        used = sum(
-            row[c] * used for row, used in zip(self.shape.cover, self.used, strict=True) if row[c]
-        )
-        return max(0.0, 1.0 - used)
+        used = self.used
+        return max(0.0, 1.0 - sum([part * used[a] for a, part in self.over[c]]))
 
     def _capacity(self, c: int, load: TierLoad) -> Capacity:
         """As the tiers before it leave it: a tight one that is there keeps the steps short."""
@@ -322,13 +325,13 @@ class _Filling:
             return self.scorer.capacity(degree, load, DECODE_PATIENCE_S, "prefill")
         own_s = bound_of(load)
         tight_s, presence = own_s, 0.0
-        for a, row in enumerate(self.shape.cover):
-            if not row[c] or not self.presence[a]:
+        for a, part in self.over[c]:
+            if not self.presence[a]:
                 continue
             # A lane over the same ranks takes turns: both steps have to fit.
             bound_s = self.bound_s[a] - (0.0 if a == c else self.step_s[a])
             if bound_s < tight_s:
-                tight_s, presence = bound_s, self.presence[a] * row[c]
+                tight_s, presence = bound_s, self.presence[a] * part
         free = self.scorer.capacity(degree, load, own_s)
         if not presence:
             return free
@@ -359,14 +362,21 @@ class _Filling:
         return alone_s + (max(alone_s, capacity.step_s) - alone_s) * min(1.0, share)
 
     def _attained(
-        self, c: int, load: TierLoad, capacity: Capacity, room: float, share: float
+        self,
+        c: int,
+        load: TierLoad,
+        capacity: Capacity,
+        room: float,
+        share: float,
+        step_s: float,
     ) -> tuple[float, float]:
-        """Share of the class's requests whose first token is in time; P99 of that time."""
+        """Share of the class's requests whose first token is in time; P99 of that time. `step_s`
+        is the mean of its steps."""
         lane = self.shape.classes[c]
         queue = Queue(
             num_lanes=lane.num_lanes,
             busy=1.0 - room * (1.0 - min(1.0, share)),
-            step_s=self._mean_step(c, capacity, share) + self._other_steps(c),
+            step_s=step_s + self._other_steps(c),
             service_s=1.0 / (capacity.rate_per_s * max(room, 0.02)),
         )
         return attained(load, self.scorer.prefills_s(lane.degree, load), queue)
@@ -374,7 +384,5 @@ class _Filling:
     def _other_steps(self, c: int) -> float:
         """Mean steps of lanes that share the ranks and may come first."""
         return sum(
-            row[c] * self.step_s[a] * min(1.0, self.used[a])
-            for a, row in enumerate(self.shape.cover)
-            if a != c
+            part * self.step_s[a] * min(1.0, self.used[a]) for a, part in self.over[c] if a != c
         )
