@@ -13,8 +13,8 @@ from nitsum.bench.tables import print_line, print_table
 from nitsum.bench.verify import check_plans
 from nitsum.cli.bench_switch import read_plan_set
 from nitsum.cli.checkpoint import checkpoint_folder
-from nitsum.cli.settings import LIMITS
 from nitsum.errors import ConfigError, require_torch
+from nitsum.limits import STEP_LIMITS
 from nitsum.shape import ModelShape
 
 
@@ -56,7 +56,7 @@ def _options(args: argparse.Namespace) -> Options:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
     plans = read_plan_set(args.plans, args.ranks)
     check_plans(plans)
-    model, limits = checkpoint_folder(args.model), LIMITS[args.device]
+    model, limits = checkpoint_folder(args.model), STEP_LIMITS[args.device]
     options = Options(
         model=model,
         plans=plans,
