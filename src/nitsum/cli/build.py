@@ -32,7 +32,8 @@ def build_plans(settings: PlanSettings) -> PlanSet:
     """The plans named, or the default ones that `min_tp` allows."""
     if not is_power_of_two(settings.ranks):
         raise ConfigError(f"--ranks: {settings.ranks} is not a power of two (1, 2, 4, 8, ...).")
-    if not is_power_of_two(settings.min_tp) or settings.min_tp > settings.ranks:
+    wanted = settings.min_tp or 1
+    if not is_power_of_two(wanted) or wanted > settings.ranks:
         raise ConfigError(
             f"--min-tp: a power of two of at most --ranks ({settings.ranks}) is expected, not "
             f"{settings.min_tp}."
@@ -59,13 +60,14 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
+    plans = build_plans(settings)
     return EngineConfig(
         model=str(model),
-        plans=build_plans(settings),
+        plans=plans,
         device=settings.device,
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
-        min_tp=settings.min_tp,
+        min_tp=settings.min_tp or plans.degrees[0],
         block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         host_kv_bytes=settings.host_kv_memory,

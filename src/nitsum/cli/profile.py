@@ -103,13 +103,14 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
     kv_bytes = settings.kv_memory
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES if on_cpu else 0
+    plans = build_plans(settings)
     return EngineConfig(
         model=str(model),
-        plans=build_plans(settings),
+        plans=plans,
         device=settings.device,
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
-        min_tp=settings.min_tp,
+        min_tp=settings.min_tp or plans.degrees[0],
         block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         max_model_len=settings.max_model_len,

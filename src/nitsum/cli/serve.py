@@ -16,6 +16,7 @@ from nitsum.cli.build import build_engine_config, build_server_settings, check_b
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.drawing import draw_plan
 from nitsum.cli.keeper import EngineKeeper
+from nitsum.cli.memory_table import memory_table
 from nitsum.cli.ports import port_problem
 from nitsum.cli.progress import note
 from nitsum.cli.settings import ServeSettings
@@ -89,7 +90,7 @@ def _announce(url: str, server: ServerSettings, config: EngineConfig, ready: Eng
     if others:
         note(f"Also resident: {', '.join(others)}")
     note(f"Longest request: {ready.max_request_tokens:,} tokens.")
-    note(f"Memory of all ranks: {memory_line([worker.memory_bytes for worker in ready.workers])}.")
+    note(memory_table([worker.memory_bytes for worker in ready.workers]))
     print(f"\nServing {server.model_names[0]} at {url}\n\n{curl_line(url, server)}\n")
     if warning := open_to_all(server):
         note(warning)
@@ -106,15 +107,6 @@ def open_to_all(server: ServerSettings) -> str:
         f"Whoever can reach {server.host} may use this server: no key is asked for. Give --api-key "
         "or --keys to change that."
     )
-
-
-def memory_line(ranks: list[dict[str, int]]) -> str:
-    """Weights and KV of all ranks together; `peak_rss` counts what is shared once for each."""
-
-    def gib(name: str) -> str:
-        return f"{sum(uses.get(name, 0) for uses in ranks) / (1 << 30):.2f} GiB"
-
-    return f"weights {gib('weights')}, KV {gib('kv')}"
 
 
 def curl_line(url: str, server: ServerSettings) -> str:

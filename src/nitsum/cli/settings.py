@@ -41,7 +41,10 @@ class PlanSettings:
     )
     plan: str = setting(text, "", "the plan to begin with (default: the first)")
     min_tp: int = setting(
-        whole_number(1), 1, "each rank holds 1/N of the weights; no lane may be narrower", "N"
+        whole_number(),
+        0,
+        "each rank holds 1/N of the weights; no lane may be narrower (default: the narrowest lane)",
+        "N",
     )
 
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         plans,
         scenario,
-        min_tp=settings.min_tp,
+        min_tp=settings.min_tp or plans.degrees[0],
         fault=settings.inject,
         device=settings.device,
         dtype=settings.chosen_dtype,

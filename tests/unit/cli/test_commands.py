@@ -122,6 +122,15 @@ def test_engine_config_on_cpu_and_on_gpu():
     assert (on_gpu.dtype, on_gpu.kv_bytes) == ("bfloat16", 0)
 
 
+def test_ranks_hold_no_more_of_the_weights_than_the_narrowest_lane_needs():
+    """Lanes narrower than all that are named cannot come later."""
+    for plans, min_tp in (("TP4", 4), ("2xTP2,TP4", 2), ("4xTP1,TP4", 1)):
+        settings = ServeSettings(ranks=4, plans=tuple(plans.split(",")))
+        assert build_engine_config(settings, Path("m")).min_tp == min_tp
+    settings = ServeSettings(ranks=4, plans=("TP4",), min_tp=2)
+    assert build_engine_config(settings, Path("m")).min_tp == 2
+
+
 def test_given_values_reach_the_engine():
     settings = ServeSettings(
         kv_memory=1 << 20, max_num_seqs=3, prefix_cache=False, threads=2, policy="fcfs"

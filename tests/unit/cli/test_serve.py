@@ -15,7 +15,8 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from nitsum.cli.serve import curl_line, memory_line, open_to_all, switch_line
+from nitsum.cli.memory_table import memory_table
+from nitsum.cli.serve import curl_line, open_to_all, switch_line
 from nitsum.server.settings import ServerSettings
 from tests.shapes import TINY_LLAMA
 
@@ -160,6 +161,13 @@ def test_a_server_that_is_open_to_all_says_so(host: str, changes: dict[str, Any]
     assert not is_open or "--api-key" in warning
 
 
-def test_memory_that_is_shared_counts_once():
-    uses = {"weights": 1 << 29, "kv": 1 << 28, "peak_rss": 1 << 32}
-    assert memory_line([uses, uses]) == "weights 1.00 GiB, KV 0.50 GiB"
+def test_memory_is_told_by_what_it_is_for():
+    ranks = [
+        {"weights": 1 << 30, "kv": 1 << 31, "host_kv": 0, "graphs": 1 << 29, "peak_rss": 1 << 40},
+        {"weights": 1 << 30, "kv": 1 << 31, "host_kv": 0, "graphs": 3 << 28, "peak_rss": 1 << 41},
+    ]
+    lines = [line.split() for line in memory_table(ranks).splitlines()]
+    assert [line[-1] for line in lines] == ["GiB:", "1.00", "2.00", "0.75", "3.75"]
+    assert lines[3][-3:] == ["0.50", "to", "0.75"]
+    assert "host" not in memory_table(ranks)
+    assert memory_table(ranks[:1]).startswith("Memory of the rank, GiB:")
