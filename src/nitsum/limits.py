@@ -1,4 +1,5 @@
-"""How large steps and KV blocks are, by kind of device, unless somebody says otherwise.
+"""How large steps and KV blocks are, and in what they are computed, by kind of device, unless
+somebody says otherwise.
 
 One place for the server, its twin in the simulator, plans and benchmarks.
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nitsum.messages import Device
+from nitsum.messages import Device, Dtype
+
+DTYPES: dict[Device, Dtype] = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True)

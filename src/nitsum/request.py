@@ -220,7 +220,7 @@ class Sequence:
         """Its KV is gone: everything is to be computed again, from prompt plus tokens so far."""
         self.num_dispatched = 0
         self.num_computed = 0
-        self.num_restarts += 1
+        self.num_restarts += self.state is not SeqState.WAITING  # which has none, and began nothing
         self.slot = None
         self.group = None
         self.state = SeqState.WAITING

@@ -17,7 +17,7 @@ from nitsum.cli.readers import (
     whole_number,
 )
 from nitsum.cli.sources import setting
-from nitsum.limits import STEP_LIMITS, StepLimits, step_limits
+from nitsum.limits import DTYPES, STEP_LIMITS, StepLimits, step_limits
 from nitsum.messages import Dtype
 
 
@@ -64,7 +64,7 @@ class DeviceSettings:
         """What `auto` stands for."""
         if self.dtype != "auto":
             return self.dtype
-        return "float32" if self.device == "cpu" else "bfloat16"
+        return DTYPES[self.device]
 
 
 @dataclass(frozen=True, kw_only=True)

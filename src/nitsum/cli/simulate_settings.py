@@ -23,6 +23,7 @@ from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import chosen_cost
 from nitsum.errors import ConfigError
+from nitsum.limits import DTYPES
 from nitsum.metrics.targets import Targets, held_to
 from nitsum.plan import PlanSet, read_plans
 from nitsum.sim.run import PlannedSwitch
@@ -144,8 +145,10 @@ class SimulateSettings:
         whole_number(), 0, f"tokens of one KV block (default: {by_device('block_tokens')})", "N"
     )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        one_of("float32", "bfloat16"), "bfloat16", "float32 or bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        one_of("auto", "float32", "bfloat16"),
+        "auto",
+        "float32 or bfloat16 (default: float32 on CPUs, bfloat16 on GPUs)",
     )
     kv_memory: int = setting(
         size_bytes, 0, "KV arena of one rank (default: what weights and buffers leave)", "SIZE"
@@ -194,6 +197,7 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
     if not settings.model:
         raise ConfigError("--model: name a shape such as Llama-3.1-70B, or a checkpoint folder.")
     shape, machine = shape_named(settings.model), Machine.parse(settings.machine)
+    dtype = DTYPES[machine.device] if settings.dtype == "auto" else settings.dtype
     site = Site(
         model=settings.model,
         shape=shape,
@@ -204,10 +208,10 @@ def build_site(settings: SimulateSettings, targets: Targets | None) -> tuple[Sit
         max_model_len=settings.max_model_len,
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,
-        dtype=settings.dtype,
+        dtype=dtype,
         kv_bytes=settings.kv_memory,
         host_kv_bytes=settings.host_kv_memory,
-        cost=chosen_cost(settings.cost, shape, machine, settings.dtype),
+        cost=chosen_cost(settings.cost, shape, machine, dtype),
     )
     if targets is None and settings.compare:
         return site, None

@@ -159,7 +159,8 @@ def _gaps(record: RequestRecord) -> Iterator[tuple[float, float]]:
 
 
 def precopy_slowdown(switch: SwitchRecord, steps: Iterable[StepRecord]) -> float | None:
-    """How much longer decode-only steps took while KV was copied; None without such steps."""
+    """How much longer decode-only steps took while KV was copied; None without such steps, or if
+    they took no time."""
     copying = _copy_times([switch])
     during: list[float] = []
     before: list[float] = []
@@ -170,7 +171,8 @@ def precopy_slowdown(switch: SwitchRecord, steps: Iterable[StepRecord]) -> float
             during.append(step.seconds)
         elif switch.started_s - _BASELINE_S <= step.ended_s < switch.started_s:
             before.append(step.seconds)
-    return median(during) / median(before) if during and before else None
+    usual_s = median(before) if before else 0.0
+    return median(during) / usual_s if during and usual_s else None
 
 
 def copy_slowdown_s(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nitsum.events import Displaced, SwitchEnded
+from nitsum.events import Displaced, Resumed, Started, SwitchEnded
 from tests.unit.engine.machine import Machine
 
 PLANS = ["4xTP1", "2xTP2", "TP4", "TP2+2xTP1", "TP2/2xTP1+TP2"]
@@ -153,6 +153,21 @@ def test_a_worker_that_dies_in_a_switch_leaves_the_new_plan_in_force():
     assert machine.reports[0].ok
     assert "killed by the test" in machine.reports[0].message
     assert machine.core.status("x").plan == "TP4"
+
+
+def test_requests_that_wait_when_a_worker_dies_begin_for_the_first_time_after():
+    machine = Machine(num_ranks=1, units_per_block=1, num_blocks=64)
+    prompt = [1] * 12
+    ran = [machine.submit(prompt, max_tokens=30) for _ in range(4)]
+    waited = machine.submit(prompt, max_tokens=4)
+    for _ in range(6):
+        machine.turn()
+    machine.executor.dying = True
+    machine.drain()
+    resumed = {e.request_id for e in machine.log.events if isinstance(e, Resumed)}
+    started = {e.request_id: e for e in machine.log.events if isinstance(e, Started)}
+    assert resumed == set(ran)
+    assert started[waited].num_cached == 8  # of what others computed, not of its own work
 
 
 def test_hits_on_its_own_earlier_work_are_no_cached_prompt():
