@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nitsum.errors import ConfigError
 from nitsum.messages import Device, Dtype
 
 DTYPES: dict[Device, Dtype] = {"cpu": "float32", "cuda": "bfloat16"}
@@ -28,9 +29,9 @@ STEP_LIMITS: dict[Device, StepLimits] = {
     "cuda": StepLimits(32, max_num_seqs=256, max_batch_tokens=2048, max_mixed_tokens=1024),
 }
 """On a GPU, steps of up to 2,048 tokens run as graphs: a prompt of 2,000 tokens alone is one step.
-The 1,024 of a mixed step take an H100 and an 8B model 20 ms at TP 2 and 30 at TP 1: nobody's gap
-grows by more, and with 1,536, 64 clients get 3% fewer answers. Blocks of 32 tokens cost kernels
-what blocks of 16 do, and halve what the engine does at a switch."""
+The 1,024 of a mixed step take an H100 and an 8B model 20 ms at TP 2 and 30 at TP 1: such a step
+makes nobody's gap longer by more, and with 1,536, 64 clients get 3% fewer answers. Blocks of 32
+tokens cost kernels what blocks of 16 do, and halve what the engine does at a switch."""
 
 
 def step_limits(
@@ -42,11 +43,18 @@ def step_limits(
     max_mixed_tokens: int = 0,
 ) -> StepLimits:
     """What was asked for; the device's own where nothing (0) was. Whoever bounds all steps bounds
-    those with decodes by the same, unless told otherwise."""
+    those with decodes by the same, unless told otherwise. Raises `ConfigError` for a bound of mixed
+    steps that no step may reach."""
     own = STEP_LIMITS[device]
+    most = max_batch_tokens or own.max_batch_tokens
+    if max_mixed_tokens > most:
+        raise ConfigError(
+            f"max_mixed_tokens ({max_mixed_tokens}) is above max_batch_tokens ({most}), which no "
+            "step may exceed. Lower it or raise the other."
+        )
     return StepLimits(
         block_tokens=block_tokens or own.block_tokens,
         max_num_seqs=max_num_seqs or own.max_num_seqs,
-        max_batch_tokens=max_batch_tokens or own.max_batch_tokens,
+        max_batch_tokens=most,
         max_mixed_tokens=max_mixed_tokens or max_batch_tokens or own.max_mixed_tokens,
     )

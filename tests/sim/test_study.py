@@ -58,6 +58,16 @@ def test_a_study_names_its_blocks_and_its_bound(tmp_path: Path):
         assert system.config.max_mixed_tokens == 1024
 
 
+def test_steps_of_a_study_are_bounded_by_what_it_says_alone(tmp_path: Path):
+    """Whatever `serve` has by default on such a machine."""
+    (tmp_path / "study.yaml").write_text(STUDY)
+    bench = Bench.of(load_study(tmp_path / "study.yaml", tmp_path))
+    for system in (bench.ours, *bench.statics):
+        config = system.config
+        assert (config.max_num_seqs, config.max_batch_tokens) == (256, 2048)
+        assert config.mixed_tokens == config.max_batch_tokens
+
+
 def test_ratios_by_hand():
     result = WindowResult(
         name="w",

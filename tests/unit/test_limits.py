@@ -16,6 +16,7 @@ from nitsum.config import EngineConfig
 from nitsum.control import planner
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
+from nitsum.errors import ConfigError
 from nitsum.limits import STEP_LIMITS, StepLimits, step_limits
 from nitsum.messages import Device
 from nitsum.plan import default_plans
@@ -92,3 +93,5 @@ def test_the_benchmark_of_the_gpu_engine_has_the_blocks_of_what_is_served(tmp_pa
 def test_a_bound_on_any_step_bounds_those_with_decodes():
     assert step_limits("cuda", max_batch_tokens=512) == StepLimits(32, 256, 512, 512)
     assert step_limits("cuda", max_batch_tokens=512, max_mixed_tokens=300).max_mixed_tokens == 300
+    with pytest.raises(ConfigError, match="no step may exceed"):
+        step_limits("cuda", max_mixed_tokens=4096)

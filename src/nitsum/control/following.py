@@ -83,17 +83,19 @@ class Following:
     def _look_ahead(
         self, src: Group, lanes: list[Group], wanted: list[Group], num_blocks: int
     ) -> dict[Group, deque[Block]]:
-        """What comes next for each lane, a prefix always for the same one. It is looked up anew
-        when a wanted lane has none and may find some, and when no wanted one has any."""
+        """What comes next for each lane, a prefix always for the same one unless that has no memory
+        left. It is looked up anew when a wanted lane has none and may find some, and when no wanted
+        one has any."""
         ahead = self._ahead.get(src)
         if ahead is not None and list(ahead.queues) == lanes:
             found = [bool(ahead.queues[dst]) for dst in wanted]
             if all(found) or (ahead.is_all and any(found)):
                 return ahead.queues
         blocks = self.lanes.kv.prefixes.newest(src, num_blocks)
-        queues = {group: deque[Block]() for group in lanes}
+        homes, queues = self._lanes_over(src), {group: deque[Block]() for group in lanes}
         for block in blocks:
-            queues[lanes[block.root % len(lanes)]].append(block)
+            home = homes[block.root % len(homes)]
+            queues[home if home in queues else lanes[block.root % len(lanes)]].append(block)
         self._ahead[src] = _Ahead(queues, is_all=len(blocks) < num_blocks)
         return queues
 

@@ -162,7 +162,7 @@ def _skip_slack_s(lane: LaneScheduler, step: Composed, chunk: Chunk, predicted_s
         return 0.0
     num_answered = chunk.start + 1 - sequence.num_prompt
     due_s = sequence.first_token_s + num_answered * sequence.pace_s
-    return due_s - step.start_s - 2 * predicted_s
+    return due_s - step.start_s - 2 * predicted_s - DELIVERY_S
 
 
 def _time_without(lane: LaneScheduler, step: Composed, loose: list[Chunk]) -> float:
@@ -357,7 +357,7 @@ def _by_slack(lane: LaneScheduler, step: Composed, sequence: Sequence, most: int
     if higher_s <= allowed_s:
         return count
     num_steps = ceil(sequence.num_remaining / max(count, 1))
-    on_time = step.start_s + num_steps * allowed_s <= sequence.first_due_s
+    on_time = step.start_s + num_steps * allowed_s <= sequence.first_due_s - DELIVERY_S
     is_lost = step.start_s > sequence.first_due_s
     return count if on_time or is_lost else _fitting(lane, step, sequence, most, higher_s)
 

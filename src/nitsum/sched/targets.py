@@ -16,8 +16,8 @@ LOOSEST = 2.0
 MARGIN = 0.05
 """Tokens are meant to be there this part of the pace before they are due: a prediction errs."""
 DELIVERY_S = 2e-3
-"""And so much earlier, since the way to the client is not always equally long. Where every answer
-ends just in time, 2 to 4% of them come less than 3 ms too late (docs/benchmarks.md)."""
+"""And so much earlier, since the way to the client is not always equally long: of priority requests
+held to exactly their pace, 2 to 4% ended less than 3 ms too late (docs/benchmarks.md)."""
 CHAIN_PART = 0.25
 """Part of the slack its chain has left that one call may use up: others are to follow."""
 

@@ -72,8 +72,10 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     warmup_s: float = 60.0
     """Arrivals before that are not judged."""
     block_tokens: int = 16
-    """Of the KV cache. Like the bound below it stays what it is when `serve` comes to another
+    """Of the KV cache. Like the bounds below it stays what it is when `serve` comes to another
     default, so that figures of one study can be compared."""
+    max_num_seqs: int = 256
+    max_batch_tokens: int = 2048
     max_mixed_tokens: int = 0
     """Of steps with decodes; 0: as of any step."""
     cell_s: float = 30.0
@@ -200,6 +202,8 @@ class Bench:
             shape=shape_named(study.model),
             machine=Machine.parse(study.machine),
             block_tokens=study.block_tokens,
+            max_num_seqs=study.max_num_seqs,
+            max_batch_tokens=study.max_batch_tokens,
             max_mixed_tokens=study.max_mixed_tokens,
         )
         targets = site_targets(site)
