@@ -350,7 +350,7 @@ def test_ranks_are_as_busy_as_above_saturation():
 
 
 def test_every_machine_is_named(tmp_path: Path):
-    """Points may be served in several sessions."""
+    """Points may be served in several goes."""
     file = points_file([point(name) for name in "abc"])
     machines = {"a": ("H100 here", "2.1"), "b": ("H100 there", "2.1"), "c": ("H100 here", "2.2")}
     results = {
