@@ -46,6 +46,7 @@ from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.cost.shipped import chosen_cost
 from nitsum.errors import NitsumError
+from nitsum.limits import DTYPES
 from nitsum.metrics.targets import held_to, save_targets
 from nitsum.sim.run import Options
 from nitsum.sim.system import Site, site_targets, uniform_plan
@@ -96,7 +97,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def _site(args: argparse.Namespace) -> Site:
     shape, machine = shape_named(args.model), Machine.parse(args.machine)
-    dtype = "bfloat16" if machine.device == "cuda" else "float32"
+    dtype = DTYPES[machine.device]
     return Site(
         model=args.model,
         shape=shape,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nitsum.errors import ConfigError
-from nitsum.limits import STEP_LIMITS
+from nitsum.limits import STEP_LIMITS, check_mixed_tokens
 from nitsum.messages import Device, Dtype, Fault
 from nitsum.plan import PlanSet
 from nitsum.tier import DEFAULT_TIERS, Tier
@@ -86,11 +86,7 @@ class EngineConfig:
                 f"max_batch_tokens or max_mixed_tokens ({self.mixed_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}): a full decode batch would not fit one step."
             )
-        if self.mixed_tokens > self.max_batch_tokens:
-            raise ConfigError(
-                f"max_mixed_tokens ({self.max_mixed_tokens}) is above max_batch_tokens "
-                f"({self.max_batch_tokens}), which no step may exceed. Lower it or raise the other."
-            )
+        check_mixed_tokens(self.max_mixed_tokens, self.max_batch_tokens)
 
     @property
     def mixed_tokens(self) -> int:

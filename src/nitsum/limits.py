@@ -47,14 +47,19 @@ def step_limits(
     steps that no step may reach."""
     own = STEP_LIMITS[device]
     most = max_batch_tokens or own.max_batch_tokens
-    if max_mixed_tokens > most:
-        raise ConfigError(
-            f"max_mixed_tokens ({max_mixed_tokens}) is above max_batch_tokens ({most}), which no "
-            "step may exceed. Lower it or raise the other."
-        )
+    check_mixed_tokens(max_mixed_tokens, most)
     return StepLimits(
         block_tokens=block_tokens or own.block_tokens,
         max_num_seqs=max_num_seqs or own.max_num_seqs,
         max_batch_tokens=most,
         max_mixed_tokens=max_mixed_tokens or max_batch_tokens or own.max_mixed_tokens,
     )
+
+
+def check_mixed_tokens(max_mixed_tokens: int, max_batch_tokens: int) -> None:
+    """Raises `ConfigError` for a bound of mixed steps that is above that of any."""
+    if max_mixed_tokens > max_batch_tokens:
+        raise ConfigError(
+            f"max_mixed_tokens ({max_mixed_tokens}) is above max_batch_tokens "
+            f"({max_batch_tokens}), which no step may exceed. Lower it or raise the other."
+        )

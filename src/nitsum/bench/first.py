@@ -22,6 +22,7 @@ from typing import Literal
 from nitsum.bench.driver import Driver, Workers
 from nitsum.bench.stages import OnStage
 from nitsum.config import EngineConfig
+from nitsum.limits import STEP_LIMITS, StepLimits
 from nitsum.messages import Device, Dtype
 from nitsum.metrics.percentiles import percentile
 from nitsum.plan import PlanSet
@@ -39,15 +40,15 @@ class Options:
     device: Device = "cpu"
     dtype: Dtype = "float32"
     load_format: Literal["auto", "dummy"] = "auto"
-    block_tokens: int = 16
-    max_num_seqs: int = 64
-    max_batch_tokens: int = 512
-    max_mixed_tokens: int = 0
     num_prompt: int = 256
     num_rounds: int = 20
     """After the first one."""
     num_starts: int = 3
     seed: int = 0
+
+    @property
+    def limits(self) -> StepLimits:
+        return STEP_LIMITS[self.device]
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def engine_config(options: Options) -> EngineConfig:
         dtype=options.dtype,
         load_format=options.load_format,
         kv_bytes=0 if options.device == "cuda" else EngineConfig.kv_bytes,
-        block_tokens=options.block_tokens,
-        max_num_seqs=options.max_num_seqs,
-        max_batch_tokens=options.max_batch_tokens,
-        max_mixed_tokens=options.max_mixed_tokens,
+        block_tokens=options.limits.block_tokens,
+        max_num_seqs=options.limits.max_num_seqs,
+        max_batch_tokens=options.limits.max_batch_tokens,
+        max_mixed_tokens=options.limits.max_mixed_tokens,
         seed=options.seed,
     )
 

@@ -12,6 +12,7 @@ from nitsum.bench.stages import stages
 from nitsum.bench.tables import percent, print_line, print_table
 from nitsum.cli import bench_cuda
 from nitsum.cli.checkpoint import checkpoint_folder
+from nitsum.cli.readers import check_positive
 from nitsum.errors import ConfigError
 
 DEFAULT_BATCHES = "1,8"
@@ -47,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    for name in ("rounds", "prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_positive(args, "rounds", "prompt_tokens")
     if args.answer_tokens < 8:
         raise ConfigError("--answer-tokens must be at least 8: a rate needs several steps.")
     require_transformers()

@@ -13,8 +13,9 @@ from nitsum.bench.tables import print_line, print_table
 from nitsum.bench.verify import check_plans
 from nitsum.cli.bench_switch import read_plan_set
 from nitsum.cli.checkpoint import checkpoint_folder
+from nitsum.cli.readers import check_positive
 from nitsum.errors import ConfigError, require_torch
-from nitsum.limits import STEP_LIMITS
+from nitsum.limits import DTYPES
 from nitsum.shape import ModelShape
 
 
@@ -51,22 +52,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> Options:
     require_torch()
-    for name in ("rounds", "starts", "prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_positive(args, "rounds", "starts", "prompt_tokens")
     plans = read_plan_set(args.plans, args.ranks)
     check_plans(plans)
-    model, limits = checkpoint_folder(args.model), STEP_LIMITS[args.device]
+    model = checkpoint_folder(args.model)
     options = Options(
         model=model,
         plans=plans,
         device=args.device,
-        dtype="float32" if args.device == "cpu" else "bfloat16",
+        dtype=DTYPES[args.device],
         load_format=args.load_format,
-        block_tokens=limits.block_tokens,
-        max_num_seqs=limits.max_num_seqs,
-        max_batch_tokens=limits.max_batch_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens,
         num_prompt=args.prompt_tokens,
         num_rounds=args.rounds,
         num_starts=args.starts,

@@ -11,6 +11,7 @@ from nitsum.bench.stages import stages
 from nitsum.bench.tables import print_table
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.machine import inspect_machine
+from nitsum.cli.readers import check_positive
 from nitsum.errors import ConfigError
 
 
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     gpus = inspect_machine().gpus
     if len(gpus) < 2:
         raise ConfigError(f"Two GPUs are needed for {PLAN}; nvidia-smi shows {len(gpus)}.")
-    for name in ("turns", "sequences"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1.")
+    check_positive(args, "turns", "sequences")
     options = Options(checkpoint_folder(args.model), args.turns, args.sequences, args.load_format)
     with stages() as progress:
         figures = measure(options, progress.stage, progress.note)

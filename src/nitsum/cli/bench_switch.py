@@ -14,8 +14,9 @@ from nitsum.bench.switch_load import Options
 from nitsum.bench.tables import percent, print_line, print_table, size
 from nitsum.bench.verify import check_plans
 from nitsum.cli.checkpoint import checkpoint_folder
-from nitsum.cli.readers import entries, size_bytes
+from nitsum.cli.readers import check_positive, entries, size_bytes
 from nitsum.errors import ConfigError, require_torch
+from nitsum.limits import DTYPES
 from nitsum.metrics.percentiles import Summary
 from nitsum.plan import PlanSet, is_power_of_two, read_plans
 from nitsum.shape import ModelShape
@@ -66,9 +67,7 @@ def _options(args: argparse.Namespace) -> Options:
     require_torch()
     if not is_power_of_two(args.ranks) or args.ranks < 2:
         raise ConfigError(f"--ranks: a power of two from 2 on is expected, not {args.ranks}.")
-    for name in ("switches", "streams", "prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_positive(args, "switches", "streams", "prompt_tokens")
     plans = read_plan_set(args.plans, args.ranks)
     check_plans(plans)
     model = checkpoint_folder(args.model)
@@ -78,7 +77,7 @@ def _options(args: argparse.Namespace) -> Options:
         num_each_way=args.switches,
         num_streams=args.streams,
         device=args.device,
-        dtype="float32" if args.device == "cpu" else "bfloat16",
+        dtype=DTYPES[args.device],
         load_format=args.load_format,
         fill=args.fill,
         kv_bytes=args.kv_memory,

@@ -67,7 +67,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         device=settings.device,
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
-        min_tp=settings.min_tp or plans.degrees[0],
+        min_tp=settings.min_tp_of(plans),
         block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         host_kv_bytes=settings.host_kv_memory,

@@ -110,7 +110,7 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
         device=settings.device,
         load_format=settings.load_format,
         dtype=settings.chosen_dtype,
-        min_tp=settings.min_tp or plans.degrees[0],
+        min_tp=settings.min_tp_of(plans),
         block_tokens=limits.block_tokens,
         kv_bytes=kv_bytes,
         max_model_len=settings.max_model_len,

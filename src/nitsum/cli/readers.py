@@ -7,12 +7,15 @@ of a sentence: what is expected.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
+
+from nitsum.errors import ConfigError
 
 T = TypeVar("T")
 Reader = Callable[[object], T]
@@ -142,3 +145,10 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def check_positive(args: Namespace, *names: str) -> None:
+    """Raises `ConfigError` for the first flag of `names` that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")

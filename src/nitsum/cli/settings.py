@@ -19,6 +19,7 @@ from nitsum.cli.readers import (
 from nitsum.cli.sources import setting
 from nitsum.limits import DTYPES, STEP_LIMITS, StepLimits, step_limits
 from nitsum.messages import Dtype
+from nitsum.plan import PlanSet
 
 
 def by_device(name: str) -> str:
@@ -47,6 +48,10 @@ class PlanSettings:
         "N",
     )
 
+    def min_tp_of(self, plans: PlanSet) -> int:
+        """What was asked for, or as little of the weights as `plans` need."""
+        return self.min_tp or plans.degrees[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
@@ -68,8 +73,8 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings(DeviceSettings):
-    """How large steps and KV blocks are."""
+class StepSizes:
+    """How large steps and KV blocks are; 0 is what the device has by default."""
 
     block_tokens: int = setting(
         whole_number(), 0, f"tokens of one KV block (default: {by_device('block_tokens')})", "N"
@@ -86,6 +91,11 @@ class StepSettings(DeviceSettings):
         f"tokens one step may compute (default: {by_device('max_batch_tokens')})",
         "N",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(StepSizes, DeviceSettings):
+    """The same, of a device."""
 
     @property
     def limits(self) -> StepLimits:

@@ -17,7 +17,7 @@ from nitsum.cli.readers import (
     text,
     whole_number,
 )
-from nitsum.cli.settings import by_device
+from nitsum.cli.settings import StepSizes, by_device
 from nitsum.cli.sources import setting
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
@@ -69,7 +69,7 @@ def weights(value: object) -> tuple[tuple[str, float], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateSettings:
+class SimulateSettings(StepSizes):
     """Model and machine, what is served how, what arrives, and what to write."""
 
     model: str = setting(
@@ -119,18 +119,6 @@ class SimulateSettings:
     sweep: tuple[float, ...] = setting(
         numbers, (), "simulate at several multiples of the rate, e.g. 0.5,1,2", "LOADS"
     )
-    max_num_seqs: int = setting(
-        whole_number(),
-        0,
-        f"sequences one lane steps at once (default: {by_device('max_num_seqs')})",
-        "N",
-    )
-    max_batch_tokens: int = setting(
-        whole_number(),
-        0,
-        f"tokens one step may compute (default: {by_device('max_batch_tokens')})",
-        "N",
-    )
     max_mixed_tokens: int = setting(
         whole_number(),
         0,
@@ -140,9 +128,6 @@ class SimulateSettings:
     )
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the model's)", "N"
-    )
-    block_tokens: int = setting(
-        whole_number(), 0, f"tokens of one KV block (default: {by_device('block_tokens')})", "N"
     )
     prefix_cache: bool = setting(boolean, True, "keep the KV of prompts for later requests")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -239,8 +224,7 @@ def _other(site: Site, entry: str) -> System:
 def _asked(settings: SimulateSettings, site: Site) -> System:
     if settings.plans:
         plans = _plans(site, settings.plans, settings.plan)
-        min_tp = settings.min_tp or plans.degrees[0]
-        system = build_system(site, "ours", plans, settings.policy, min_tp=min_tp)
+        system = build_system(site, "ours", plans, settings.policy, min_tp=settings.min_tp or None)
         steers = settings.control and not settings.switch_at and len(plans.plans) > 1
         return replace(system, steers=steers)
     if settings.switch_at and not settings.plan:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         plans,
         scenario,
-        min_tp=settings.min_tp or plans.degrees[0],
+        min_tp=settings.min_tp_of(plans),
         fault=settings.inject,
         device=settings.device,
         dtype=settings.chosen_dtype,
