@@ -27,6 +27,10 @@ MAX_SKIPS = 8
 """Steps a loose request may sit out in a row."""
 PART_AHEAD = 0.25
 """Part of a step that goes to those served ahead of their turn while others need the rest."""
+SHORT = 0.5
+"""Part of its tokens that a step with decodes takes on while few prompts wait."""
+FEW_STEPS = 8
+"""In so many steps those prompts are through; more of them make steps longer again."""
 OWN_STEP = 1.25
 """A step with a short prompt, in steps of the decodes alone."""
 
@@ -198,10 +202,12 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequen
     if lane.rules.slack:
         step.others_bear_s = min(_neighbours_bear_s(lane, step), _newcomers_bear_s(lane, step))
         step.all_bear_s = min(*step.tight_s, step.others_bear_s)
-    step.most_tokens = _most_tokens(lane, step)
+    left_at = [_left_tokens(sequences) for sequences in prefills]
+    most = step.most_tokens = _most_tokens(lane, step)
+    if lane.rules.slack and step.chunks:
+        step.most_tokens = min(most, _enough_tokens(lane, step, sum(left_at)))
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
-    left_at = [_left_tokens(sequences) for sequences in prefills]
     is_whole = True
     if ahead:
         behind = sum(left_at) - _left_tokens(ahead)
@@ -210,7 +216,8 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequen
     lane.num_dry = 0 if any(taken) else lane.num_dry + 1
     if step.chunks:
         step.predicted_s = lane.step_time(step)
-    if not is_whole and any(taken):
+    has_room = step.most_tokens < most and step.shape.num_tokens >= step.most_tokens
+    if not is_whole and any(taken) and not has_room:
         lane.prefill_pace.note_step(taken, step.predicted_s)
     if not is_whole and lane.rules.slack:
         left_at = [left - tokens for left, tokens in zip(left_at, taken, strict=True)]
@@ -338,6 +345,14 @@ def _most_tokens(lane: LaneScheduler, step: Composed) -> int:
         mixed = lane.limits.max_mixed_tokens
         most = min(mixed, max(int(step.part * mixed), least))
     return min(most, least) if lane.takes_turns else most
+
+
+def _enough_tokens(lane: LaneScheduler, step: Composed, num_left: int) -> int:
+    """Positions of a step with decodes while `num_left` of prompts wait. Short steps cost little
+    (decodes read the weights anyway) and make no stream wait long; they are too slow for many."""
+    num_decode = step.decodes.num_decode
+    short = int(SHORT * lane.limits.max_mixed_tokens)
+    return max(short, num_decode + max(_small_chunk(lane), ceil(num_left / FEW_STEPS)))
 
 
 def _small_chunk(lane: LaneScheduler) -> int:

@@ -397,3 +397,23 @@ def test_a_prompt_alone_gets_longer_steps_than_one_beside_decodes():
     alone = [e.prefill_tokens for e in steps if not e.num_decode]
     assert max(mixed) == 64
     assert max(alone) == 256
+
+
+def test_few_prompts_beside_decodes_get_short_steps_and_many_full_ones():
+    machine = one_rank(num_blocks=4000, max_batch_tokens=64, max_num_seqs=16)
+    stream = machine.submit([1] * 4, max_tokens=100, tier="batch")
+    while machine.core.sequences[stream].num_output < 2:
+        machine.turn()
+
+    def longest_step(num_prompts: int) -> int:
+        num_before = len(machine.log.events)
+        names = [machine.submit([num_prompts, i] * 50, max_tokens=1) for i in range(num_prompts)]
+        while not machine.ended.keys() >= set(names):
+            machine.turn()
+        steps = [e for e in machine.log.events[num_before:] if isinstance(e, StepSent)]
+        assert all(step.num_decode == 1 for step in steps)
+        return max(step.num_decode + step.prefill_tokens for step in steps)
+
+    assert longest_step(2) == 32
+    assert 32 < longest_step(3) < 64
+    assert longest_step(8) == 64
