@@ -87,8 +87,10 @@ class RankLoad:
     """Predicted time of the step sent to each rank last."""
     _shared: frozenset[int] = frozenset()
     """Ranks that several lanes use."""
+    _led: frozenset[int] = frozenset()
+    """Ranks that one lane uses alone which shares others: those say when it may go on."""
     _send_at_s: list[float] = field(default_factory=list[float])
-    """When each rank should get its next step; infinite while it has no room for one."""
+    """When each rank should get its next step; infinite while it has no room for one, or is led."""
 
     def __post_init__(self) -> None:
         self.ahead_s = [0.0 for _ in self.num_in_flight]
@@ -102,9 +104,12 @@ class RankLoad:
 
     def share(self, loops: Iterable[LaneLoop]) -> None:
         """These are the lanes from now on. Ranks that several of them use are filled at once: their
-        lanes would wait for each other."""
-        used = Counter(rank for loop in loops for rank in loop.lane.ranks)
-        self._shared = frozenset(rank for rank, num_lanes in used.items() if num_lanes > 1)
+        lanes would wait for each other. Other ranks of such lanes ask for nothing themselves."""
+        lanes = [loop.group.ranks for loop in loops]
+        used = Counter(rank for ranks in lanes for rank in ranks)
+        shared = self._shared = frozenset(rank for rank, count in used.items() if count > 1)
+        meeting = [ranks for ranks in lanes if not shared.isdisjoint(ranks)]
+        self._led = frozenset(rank for ranks in meeting for rank in ranks) - shared
         self._plan_all()
 
     def send_ahead(self, seconds: float) -> None:
@@ -119,7 +124,7 @@ class RankLoad:
 
     def _plan(self, rank: int) -> None:
         num_in_flight, at_s = self.num_in_flight[rank], 0.0
-        if num_in_flight >= STEPS_AHEAD:
+        if num_in_flight >= STEPS_AHEAD or rank in self._led:
             at_s = inf
         elif num_in_flight and rank not in self._shared:
             at_s = self.free_s[rank] - self.send_ahead_s
