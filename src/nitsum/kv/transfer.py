@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache as memoized
-from itertools import chain
 from typing import NamedTuple
 
 from nitsum.kv.blocks import Block, Held, PageColumns, Table
@@ -38,7 +37,8 @@ def join_copies(copies: Copies, more: Copies) -> None:
 class Transfer:
     """Blocks on their way from one layout to another."""
 
-    def __init__(self, cache: KvCache, src: Group, dst: Group) -> None:
+    def __init__(self, cache: KvCache, src: Group, dst: Group, *, evicts: bool = True) -> None:
+        """Without `evicts`, blocks on their way get only what is free as it is."""
         self.cache = cache
         self.src = src
         self.dst = dst
@@ -49,6 +49,7 @@ class Transfer:
         """Leading blocks whose copies were asked for."""
         self.num_settled = 0
         """Leading blocks whose copies have been sent."""
+        self.evicts = evicts
         self.is_searching = False
         """The last `reserve` found less than was asked for, and may find more in a later turn."""
         self.num_in_place = 0
@@ -155,6 +156,9 @@ class Transfer:
         return starts
 
     def _fresh(self, rank: int, order: int, count: int, *, compacts: bool) -> list[int]:
+        if not self.evicts:
+            pool = self.cache.pools[rank]
+            return pool.alloc_many(order, min(count, pool.num_pages(order))) or []
         starts = self.cache.alloc_pages(rank, order, count, compacts=compacts)
         if len(starts) < count:
             self.is_searching = self.is_searching or self.cache.is_searching(rank, order)
@@ -168,11 +172,15 @@ class Transfer:
             return None
         cache, pool = self.cache, self.cache.pools[part.rank]
         end, last = start + part.src_units, first + part.dst_units
-        if not cache.free_around(part.rank, first, start):
+        around = (*range(first, start), *range(end, last))
+        if self.evicts:
+            if not cache.free_around(part.rank, first, start):
+                return None
+            if not cache.free_around(part.rank, end, last):
+                return None
+        elif any(pool.refs[unit] for unit in around):
             return None
-        if not cache.free_around(part.rank, end, last):
-            return None
-        for unit in chain(range(first, start), range(end, last)):
+        for unit in around:
             claimed = pool.claim(unit, 0)
             assert claimed
         pool.retain(start, part.src_units)
