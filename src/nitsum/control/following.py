@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import groupby
 from typing import NamedTuple
 
 from nitsum.control.courier import Courier
 from nitsum.control.migration import Lanes
 from nitsum.kv.blocks import Block
+from nitsum.kv.branches import Branch
 from nitsum.kv.transfer import Transfer, free_copies
 from nitsum.messages import WaveReport
 from nitsum.plan import Group, Plan
@@ -15,13 +17,36 @@ from nitsum.plan import Group, Plan
 AHEAD_BLOCKS = 768
 """Looked up at once: sorting them by lane takes a turn a quarter of a millisecond."""
 
+WORTH = 4
+"""Prefixes that begin alike go to different lanes if what they have of their own is so many times
+as much as the copies of their beginning."""
+
 
 class _Ahead(NamedTuple):
     """Cached blocks by destination, as they were when they were looked up."""
 
     queues: dict[Group, deque[Block]]
+    common: deque[Block]
+    """Those that every lane gets."""
     is_all: bool
     """There were no others."""
+
+
+class _Family(NamedTuple):
+    """What moves together."""
+
+    head: Branch
+    num_common: int
+    """First blocks of its prefixes that every lane gets: what goes on from there goes anywhere."""
+
+
+class _Source:
+    """What has been decided about the prefixes of one layout."""
+
+    def __init__(self) -> None:
+        self.families: dict[Branch, _Family] = {}
+        self.homes: dict[Branch, Group] = {}
+        """By the head of a family: the lane that its blocks go to."""
 
 
 class Following:
@@ -43,6 +68,9 @@ class Following:
         self._num_blocks = 0
         self._ahead: dict[Group, _Ahead] = {}
         """By source."""
+        self._decided = {group: _Source() for group in sources}
+        self._num_sent: dict[Group, int] = {lane.group: 0 for lane in plan.lanes}
+        """Blocks that a lane got for itself."""
         self._units_in_place = 0
 
     def advance(self, num_blocks: int) -> bool:
@@ -72,32 +100,73 @@ class Following:
         open_lanes = [group for group in lanes if self.courier.wants_more(group)]
         if not open_lanes:
             return False
-        queues = self._look_ahead(src, lanes, open_lanes, max(num_blocks, AHEAD_BLOCKS))
-        if not any(queues[dst] for dst in open_lanes):
+        ahead = self._look_ahead(src, lanes, open_lanes, max(num_blocks, AHEAD_BLOCKS))
+        if ahead.common:
+            room = min(self._room(src, dst) for dst in lanes)
+            return self._send_to_all(src, lanes, _take(ahead.common, min(num_blocks, room)))
+        if not any(ahead.queues[dst] for dst in open_lanes):
             return False
         share = -(-num_blocks // len(open_lanes))
         for dst in open_lanes:
-            self._send(src, dst, _take(queues[dst], min(share, self._room(src, dst))))
+            blocks = _take(ahead.queues[dst], min(share, self._room(src, dst)))
+            self._num_sent[dst] += len(blocks)
+            self._send(src, dst, blocks)
         return True
 
     def _look_ahead(
         self, src: Group, lanes: list[Group], wanted: list[Group], num_blocks: int
-    ) -> dict[Group, deque[Block]]:
+    ) -> _Ahead:
         """What comes next for each lane, a prefix always for the same one unless that has no memory
         left. It is looked up anew when a wanted lane has none and may find some, and when no wanted
         one has any."""
         ahead = self._ahead.get(src)
         if ahead is not None and list(ahead.queues) == lanes:
             found = [bool(ahead.queues[dst]) for dst in wanted]
-            if all(found) or (ahead.is_all and any(found)):
-                return ahead.queues
+            if ahead.common or all(found) or (ahead.is_all and any(found)):
+                return ahead
         blocks = self.lanes.kv.prefixes.newest(src, num_blocks)
-        homes, queues = self._lanes_over(src), {group: deque[Block]() for group in lanes}
-        for block in blocks:
-            home = homes[block.root % len(homes)]
-            queues[home if home in queues else lanes[block.root % len(lanes)]].append(block)
-        self._ahead[src] = _Ahead(queues, is_all=len(blocks) < num_blocks)
-        return queues
+        queues = {group: deque[Block]() for group in lanes}
+        ahead = _Ahead(queues, deque(), is_all=len(blocks) < num_blocks)
+        self._sort(src, blocks, ahead)
+        self._ahead[src] = ahead
+        return ahead
+
+    def _sort(self, src: Group, blocks: list[Block], ahead: _Ahead) -> None:
+        """Into the lanes' queues: a family goes to the lane that has the fewest when it is met."""
+        queues, homes = ahead.queues, self._decided[src].homes
+        for branch, run in groupby(blocks, key=_branch_of):
+            head, num_common = self._family(src, branch)
+            own = list(run)
+            if num_common:
+                ahead.common.extend([block for block in own if block.place < num_common])
+                own = [block for block in own if block.place >= num_common]
+            if own:
+                home = homes.get(head)
+                if home is None:
+                    home = homes[head] = self._least(queues)
+                queues[home if home in queues else self._least(queues)].extend(own)
+
+    def _family(self, src: Group, branch: Branch) -> _Family:
+        families = self._decided[src].families
+        family = families.get(branch)
+        if family is None:
+            parent = branch.parent and self._family(src, branch.parent)
+            if parent is None or branch.at <= parent.num_common:
+                family = _Family(branch, self._num_common(src, branch))
+            else:
+                family = _Family(parent.head, 0)
+            families[branch] = family
+        return family
+
+    def _num_common(self, src: Group, branch: Branch) -> int:
+        """First blocks of its prefix that are worth a copy in each lane."""
+        price = WORTH * (len(self._lanes_over(src)) - 1)
+        worth = [at for at, below in branch.forks.items() if below >= price * at]
+        return max(worth, default=0) if price else 0
+
+    def _least(self, queues: dict[Group, deque[Block]]) -> Group:
+        """The lane that gets the fewest."""
+        return min(queues, key=lambda group: self._num_sent[group] + len(queues[group]))
 
     def _lanes_over(self, src: Group) -> list[Group]:
         """Where requests may find them again: new ones never come to decode lanes."""
@@ -111,6 +180,18 @@ class Following:
         """Blocks that may be sent there now."""
         kv = self.lanes.kv
         return min(self.courier.room(dst, kv.arena.page_units(dst)), free_copies(kv, src, dst))
+
+    def _send_to_all(self, src: Group, lanes: list[Group], blocks: list[Block]) -> bool:
+        """A copy to each lane that has none; those that all have make way. Whether there were
+        any."""
+        known = [self.lanes.kv.prefixes.in_layout(dst) for dst in lanes]
+        lacking = [[block for block in blocks if block.hash not in found] for found in known]
+        for dst, fresh in zip(lanes, lacking, strict=True):
+            self._send(src, dst, fresh)
+        for block in blocks:
+            if not block.refs:
+                self.lanes.kv.evict(block)
+        return bool(blocks)
 
     def _send(self, src: Group, dst: Group, blocks: list[Block]) -> None:
         """All of them; those that are there already make way."""
@@ -130,6 +211,11 @@ class Following:
             transfer.share()
             self.courier.leave(transfer, keep=False)
             self._units_in_place += transfer.num_in_place
+
+
+def _branch_of(block: Block) -> Branch:
+    assert block.branch is not None, "a block without users is cached"
+    return block.branch
 
 
 def _take(queue: deque[Block], count: int) -> list[Block]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from nitsum.kv.branches import Branch
 from nitsum.plan import Group
 
 
@@ -27,7 +28,17 @@ class Block:
     never written again, so they may be shared.
     """
 
-    __slots__ = ("group", "hash", "level", "pages", "pins", "refs", "root")
+    __slots__ = (
+        "branch",
+        "group",
+        "hash",
+        "is_followed",
+        "level",
+        "pages",
+        "pins",
+        "place",
+        "refs",
+    )
 
     def __init__(self, group: Group, pages: list[int]) -> None:
         self.group = group
@@ -37,8 +48,13 @@ class Block:
         self.pins = 0
         """While above 0 a peer may be reading it: it must not be relocated."""
         self.hash: int | None = None
-        self.root = 0
-        """Hash of the first block of its prefix: only together are they of use."""
+        self.branch: Branch | None = None
+        """Where in the tree of prefixes it was cached: see there. A block is of use only together
+        with those before it."""
+        self.place = 0
+        """Blocks of its prefix before it."""
+        self.is_followed = False
+        """Another block of its branch comes after it, or came."""
         self.level = 0
         """Tier level of its most urgent user; the least urgent are evicted first."""
 

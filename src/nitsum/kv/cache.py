@@ -118,7 +118,7 @@ class KvCache:
         for index in range(table.num_registered, min(num_blocks, len(table.blocks))):
             block = table.blocks[index]
             block.level = level
-            self.prefixes.add(block, hashes[index], hashes[0])
+            self.prefixes.add(block, hashes, index)
             table.num_registered = index + 1
 
     def close(self, request_id: str) -> None:

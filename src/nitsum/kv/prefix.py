@@ -14,6 +14,7 @@ from heapq import merge
 from itertools import chain, islice
 
 from nitsum.kv.blocks import Block
+from nitsum.kv.branches import Branch, Branches
 from nitsum.plan import Group
 
 
@@ -42,6 +43,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._by_hash: dict[Group, dict[int, Block]] = {}
+        self._branches = Branches()
         # idle[group][level]: unreferenced blocks, least recently used first.
         self._idle: dict[Group, dict[int, OrderedDict[Block, int]]] = {}
         self.num_idle: dict[Group, int] = {}
@@ -71,27 +73,57 @@ class PrefixIndex:
     def groups(self) -> list[Group]:
         return [group for group, blocks in self._by_hash.items() if blocks]
 
-    def add(self, block: Block, block_hash: int, root: int) -> bool:
-        """Index a full block; False when another copy in this layout was first."""
-        blocks = self._by_hash.setdefault(block.group, {})
+    def add(self, block: Block, hashes: Sequence[int], place: int) -> bool:
+        """Index a full block, the one at `place` of a prefix whose blocks hash to `hashes`; False
+        when another copy in this layout was first."""
+        blocks, block_hash = self._by_hash.setdefault(block.group, {}), hashes[place]
         if block_hash in blocks:
             return False
-        block.hash, block.root = block_hash, root
-        blocks[block_hash] = block
+        before = blocks.get(hashes[place - 1]) if place else None
+        branch = None if before is None else before.branch
+        if before is None or before.is_followed:
+            branch = self._branches.begin(block_hash, branch, place)
+        else:
+            before.is_followed = True
+        self._index(blocks, block, block_hash, branch, place)
         return True
+
+    def add_copy(self, block: Block, source: Block) -> bool:
+        """Index a copy of a cached block in another layout; False as above."""
+        blocks, block_hash = self._by_hash.setdefault(block.group, {}), source.hash
+        assert block_hash is not None
+        if block_hash in blocks:
+            return False
+        block.is_followed = source.is_followed
+        self._index(blocks, block, block_hash, source.branch, source.place)
+        return True
+
+    def _index(
+        self,
+        blocks: dict[int, Block],
+        block: Block,
+        block_hash: int,
+        branch: Branch | None,
+        place: int,
+    ) -> None:
+        assert branch is not None, "a block that others follow is in no branch"
+        block.hash, block.branch, block.place = block_hash, branch, place
+        blocks[block_hash] = block
+        self._branches.count(branch, 1)
 
     def forget(self, block: Block) -> None:
         """Drop a block from the index; it must be unreferenced or about to be freed."""
         if block.hash is not None:
-            del self._by_hash[block.group][block.hash]
             self.use(block)
-            block.hash = None
+            self.unlist(block)
 
     def unlist(self, block: Block) -> None:
         """Drop a block that has just lost its last reference: it is indexed, but not idle."""
         assert block.hash is not None
+        assert block.branch is not None
         del self._by_hash[block.group][block.hash]
-        block.hash = None
+        self._branches.count(block.branch, -1)
+        block.hash = block.branch = None
 
     def park(self, blocks: Sequence[Block]) -> None:
         """The last references of blocks of one layout went away: keep them as the most recently

@@ -212,7 +212,7 @@ class Transfer:
     def settle(self) -> None:
         """What was asked for has been sent: whoever uses these blocks from here on comes after
         that on every rank."""
-        add = self.cache.prefixes.add
+        add_copy = self.cache.prefixes.add_copy
         for index in range(self.num_settled, self.num_copied):
             source, block = self.sources[index], self.blocks[index]
             block.pins -= 1
@@ -220,7 +220,7 @@ class Transfer:
                 if source.hash is None:
                     continue
                 block.level = source.level
-                if not add(block, source.hash, source.root):
+                if not add_copy(block, source):
                     continue
             if self._num_registered == index:
                 self._num_registered = index + 1
