@@ -61,8 +61,9 @@ class EngineConfig:
     wait for them, and 1024 on a GPU."""
     controller: Literal["static", "adaptive"] = "static"
     """adaptive: the engine changes plans by itself when that pays; static: only when told to."""
-    cost_path: str = ""
-    """Measured step times (`nitsum profile`); empty starts from the analytic model."""
+    cost: str = ""
+    """Step times to start from: a file of `nitsum profile`, or `analytic`; empty is the table that
+    comes with Nitsum for these devices and this model, and else the analytic model."""
     check_accounting: bool = False
     """Run `check()` after every step (tests, verification)."""
     events_path: str = ""

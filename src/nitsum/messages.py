@@ -308,6 +308,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     num_units: int
     phases: dict[str, float]
     memory_bytes: dict[str, int]
+    driver_name: str = ""
+    """What the driver calls the rank's GPU; empty on a CPU."""
 
 
 class StepDone(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):

@@ -23,7 +23,8 @@ from nitsum.config import EngineConfig
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.executor import Executor
-from nitsum.engine.process import arena_of, first_guess, wait_ms
+from nitsum.engine.guess import first_guess
+from nitsum.engine.process import arena_of, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
 from nitsum.events import EventSink, NullSink
@@ -97,7 +98,7 @@ class Workers:
             raise
         self.arena: ArenaShape = arena_of(config, self.shape, self.ready)
         self.clock = MonotonicClock()
-        self.cost = first_guess(config, self.shape)
+        self.cost = first_guess(config, self.shape, self.ready[0].driver_name)
         self._driver: Driver | None = None
 
     def driver(

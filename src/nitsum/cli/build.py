@@ -82,7 +82,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         seed=settings.seed,
         timeout_s=settings.step_timeout,
         controller=settings.controller,
-        cost_path=settings.cost,
+        cost=settings.cost,
         events_path=settings.events,
     )
 

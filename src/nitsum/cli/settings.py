@@ -223,7 +223,11 @@ class ServeSettings(StepSettings, PlanSettings):
         "WHO",
     )
     cost: str = setting(
-        text, "", "step times measured by `nitsum profile` (default: a rough model)", "FILE"
+        text,
+        "",
+        "step times to begin with: a file of `nitsum profile`, or `analytic` (default: the table "
+        "that comes with Nitsum for these GPUs and this model; without one, analytic)",
+        "FILE",
     )
     events: str = setting(
         text, "", "append what happens, one JSON object a line, to this file", "FILE"

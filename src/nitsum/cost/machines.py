@@ -31,15 +31,47 @@ class Gpu:
     rates: str
     """The device whose measured rates apply, scaled by the ratio of the peaks."""
     source: str
+    driver_name: str = ""
+    """What the driver calls it; other variants of the chip have other rates."""
 
 
 _A100_SHEET = "NVIDIA A100 data sheet (2021), SXM"
 _H100_SHEET = "NVIDIA H100 data sheet (2023), SXM"
 
 GPUS = (
-    Gpu("A100-40GB", 40_960 * MIB, 312e12, 1.555e12, 300e9, 32e9, "A100-80GB", _A100_SHEET),
-    Gpu("A100-80GB", 81_920 * MIB, 312e12, 2.039e12, 300e9, 32e9, "A100-80GB", _A100_SHEET),
-    Gpu("H100-80GB", 81_559 * MIB, 989e12, 3.35e12, 450e9, 64e9, "H100-80GB", _H100_SHEET),
+    Gpu(
+        "A100-40GB",
+        40_960 * MIB,
+        312e12,
+        1.555e12,
+        300e9,
+        32e9,
+        "A100-80GB",
+        _A100_SHEET,
+        "NVIDIA A100-SXM4-40GB",
+    ),
+    Gpu(
+        "A100-80GB",
+        81_920 * MIB,
+        312e12,
+        2.039e12,
+        300e9,
+        32e9,
+        "A100-80GB",
+        _A100_SHEET,
+        "NVIDIA A100-SXM4-80GB",
+    ),
+    Gpu(
+        "H100-80GB",
+        81_559 * MIB,
+        989e12,
+        3.35e12,
+        450e9,
+        64e9,
+        "H100-80GB",
+        _H100_SHEET,
+        "NVIDIA H100 80GB HBM3",
+    ),
     Gpu(
         "H200-141GB",
         143_771 * MIB,
@@ -49,6 +81,7 @@ GPUS = (
         64e9,
         "H100-80GB",
         "NVIDIA H200 data sheet (2024), SXM",
+        "NVIDIA H200",
     ),
     Gpu(
         "CPU",
@@ -74,6 +107,11 @@ def gpu_named(name: str) -> Gpu:
             return gpu
     known = ", ".join((*(gpu.name for gpu in GPUS), *_ALIASES))
     raise ConfigError(f"Unknown GPU {name!r}. Known: {known}.")
+
+
+def gpu_by_driver(name: str) -> Gpu | None:
+    """The device that its driver calls `name`; None for others than these."""
+    return next((gpu for gpu in GPUS if name and gpu.driver_name == name), None)
 
 
 @dataclass(frozen=True)

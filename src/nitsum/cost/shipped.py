@@ -18,6 +18,9 @@ from nitsum.cost.shapes import SHAPES
 from nitsum.cost.table import CostTable, TableCost
 from nitsum.shape import ModelShape
 
+ANALYTIC = "analytic"
+"""In place of a file of step times: the analytic model, also where there is a table."""
+
 
 def shipped_table(shape: ModelShape, machine: Machine, dtype: str) -> Traversable | None:
     """The file measured on exactly this machine with this much work, if there is one."""
@@ -43,7 +46,7 @@ def chosen_cost(words: str, shape: ModelShape, machine: Machine, dtype: str) -> 
 
     None is the analytic model. Raises `ConfigError` for a file that cannot be read.
     """
-    if words == "analytic":
+    if words == ANALYTIC:
         return None
     return TableCost.load(Path(words)) if words else shipped_cost(shape, machine, dtype)
 

@@ -9,22 +9,19 @@ from dataclasses import replace
 from math import ceil
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import zmq
 from msgspec.structs import replace as replace_fields
 
 from nitsum.clock import MonotonicClock
 from nitsum.config import EngineConfig
-from nitsum.cost.analytic import AnalyticCost
-from nitsum.cost.machines import Machine
-from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
+from nitsum.engine.guess import check_cost, first_guess, guess_words
 from nitsum.engine.intake import max_request_tokens
 from nitsum.engine.ipc import ServerLink
 from nitsum.engine.launch import max_model_len, num_host_units
 from nitsum.engine.process_executor import ProcessExecutor
-from nitsum.engine.steering import checked_table, controller_of, decisions_of
+from nitsum.engine.steering import controller_of, decisions_of
 from nitsum.engine.tally import Tally, plan_memory_bytes
 from nitsum.errors import NitsumError, WorkerDied
 from nitsum.events import FileSink, NullSink
@@ -111,13 +108,15 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
     def on_progress(sentence: str) -> None:
         _tell(parent, EngineProgress(sentence))
 
-    cost = first_guess(config, shape)
+    check_cost(config)
     executor = ProcessExecutor(config, shape, on_progress=on_progress)
     sink = FileSink(config.events_path) if config.events_path else NullSink()
     tally = Tally(sink, config.num_ranks, plan_memory_bytes(config, shape))
     try:
         workers = executor.start()
         tally.started(workers)
+        cost = first_guess(config, shape, workers[0].driver_name)
+        on_progress(guess_words(cost))
         arena = arena_of(config, shape, workers)
         controller = controller_of(config, arena, cost)
         core = Core(
@@ -150,23 +149,6 @@ def arena_of(config: EngineConfig, shape: ModelShape, workers: list[Ready]) -> A
         min_degree=config.plans.degrees[0],
         unit_bytes=geometry.unit_bytes(config.block_tokens, DTYPE_BYTES[config.dtype]),
         num_host_units=num_host_units(config, shape),
-    )
-
-
-def first_guess(config: EngineConfig, shape: ModelShape) -> CostModel:
-    """Step times before any step was seen; the engine corrects them from then on.
-
-    Raises `ConfigError` for a table that cannot be read or lacks a degree.
-    """
-    if config.cost_path:
-        return checked_table(Path(config.cost_path), config.plans.degrees)
-    gpu = "CPU" if config.device == "cpu" else "H100"
-    return AnalyticCost(
-        shape,
-        Machine.parse(f"{config.num_ranks}x{gpu}"),
-        max_tp=config.max_tp,
-        min_tp=config.min_tp,
-        dtype_bytes=DTYPE_BYTES[config.dtype],
     )
 
 

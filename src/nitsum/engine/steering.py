@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nitsum.config import EngineConfig
@@ -12,12 +11,10 @@ from nitsum.control.decisions import words
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import CostModel
-from nitsum.cost.table import TableCost
 from nitsum.events import AnyEvent
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Decision
-from nitsum.plan import Group, Lane, Plan
-from nitsum.step import BatchShape
+from nitsum.plan import Group, Plan
 from nitsum.tier import TierSet
 
 if TYPE_CHECKING:
@@ -91,14 +88,6 @@ def new_controller(
     limits = Limits(config.max_num_seqs, config.mixed_tokens, kv_tokens)
     scorer = Scorer(StepTimes(cost, config.plans.degrees), limits)
     return Controller(config.plans, TierSet(config.tiers), scorer, cost, rules)
-
-
-def checked_table(path: Path, degrees: Iterable[int]) -> CostModel:
-    """A measured table that knows every degree; raises `ConfigError` when it does not."""
-    cost = TableCost.load(path)
-    for degree in degrees:
-        cost.step_time(Lane(Group(degree, 0)), BatchShape(1, 1, 0, 0, 1))
-    return cost
 
 
 def decisions_of(controller: Controller | None, num: int) -> list[Decision]:

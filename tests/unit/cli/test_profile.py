@@ -18,7 +18,7 @@ from nitsum.bench.profile import (
 )
 from nitsum.cli import main
 from nitsum.cost.table import TableCost
-from nitsum.engine.steering import checked_table
+from nitsum.engine.guess import checked_table
 from nitsum.errors import ConfigError
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape

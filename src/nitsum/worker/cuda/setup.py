@@ -112,7 +112,8 @@ def start(spec: WorkerSpec, shared: HostShared) -> tuple[CudaRunner, Ready]:
     mover = clock.timed("moves", lambda: _mover(parts, arenas, units, signals, hosts))
     runner = _runner(parts, lanes, mover, signals, Progress(shared.progress))
     parts.memory.barrier()
-    return runner, Ready(spec.rank, units, clock.phases, _memory_bytes(parts, clock))
+    memory, name = _memory_bytes(parts, clock), torch.cuda.get_device_name(device)
+    return runner, Ready(spec.rank, units, clock.phases, memory, name)
 
 
 def pick_device(spec: WorkerSpec) -> torch.device:

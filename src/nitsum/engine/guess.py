@@ -1,0 +1,62 @@
+"""What steps take before any was seen: the engine corrects it by those it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from nitsum.config import EngineConfig
+from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.machines import Gpu, Machine, gpu_by_driver, gpu_named
+from nitsum.cost.protocol import CostModel
+from nitsum.cost.shipped import ANALYTIC, chosen_cost
+from nitsum.cost.table import TableCost
+from nitsum.plan import Group, Lane
+from nitsum.shape import ModelShape
+from nitsum.shared import DTYPE_BYTES
+from nitsum.step import BatchShape
+
+
+def check_cost(config: EngineConfig) -> None:
+    """Raise `ConfigError` for a file of step times that cannot be used, before workers start."""
+    if config.cost and config.cost != ANALYTIC:
+        checked_table(Path(config.cost), config.plans.degrees)
+
+
+def checked_table(path: Path, degrees: Iterable[int]) -> CostModel:
+    """A measured table that knows every degree; raises `ConfigError` when it does not."""
+    cost = TableCost.load(path)
+    for degree in degrees:
+        cost.step_time(Lane(Group(degree, 0)), BatchShape(1, 1, 0, 0, 1))
+    return cost
+
+
+def first_guess(config: EngineConfig, shape: ModelShape, driver_name: str) -> CostModel:
+    """What was asked for: a table, or the analytic model; in want of a word, the table that comes
+    with Nitsum for these devices, which their driver calls `driver_name`, and this shape."""
+    gpu = _gpu(config, driver_name)
+    machine = Machine(gpu or gpu_named("H100"), config.num_ranks)
+    words = config.cost if gpu else config.cost or ANALYTIC
+    return chosen_cost(words, shape, machine, config.dtype) or AnalyticCost(
+        shape,
+        machine,
+        max_tp=config.max_tp,
+        min_tp=config.min_tp,
+        dtype_bytes=DTYPE_BYTES[config.dtype],
+    )
+
+
+def guess_words(cost: CostModel) -> str:
+    """Where the first step times come from, for whoever starts a server."""
+    if isinstance(cost, TableCost):
+        found = cost.table.provenance
+        source = f"measured with {cost.table.model} on {found.hardware}, {found.date}"
+    elif isinstance(cost, AnalyticCost):
+        source = f"an analytic model of {cost.machine}"
+    else:
+        source = "given"
+    return f"Step times to begin with: {source}."
+
+
+def _gpu(config: EngineConfig, driver_name: str) -> Gpu | None:
+    return gpu_named("CPU") if config.device == "cpu" else gpu_by_driver(driver_name)

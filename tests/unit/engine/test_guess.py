@@ -1,0 +1,83 @@
+"""Which step times a server begins with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import as_file
+from pathlib import Path
+
+import pytest
+
+from nitsum.config import EngineConfig
+from nitsum.cost.analytic import AnalyticCost
+from nitsum.cost.machines import Machine
+from nitsum.cost.shapes import SHAPES
+from nitsum.cost.shipped import shipped_table
+from nitsum.cost.table import TableCost
+from nitsum.engine.guess import check_cost, first_guess, guess_words
+from nitsum.errors import ConfigError
+from nitsum.plan import read_plans
+
+SHAPE = SHAPES["Llama-3.1-8B"]
+H100 = "NVIDIA H100 80GB HBM3"
+CONFIG = EngineConfig(
+    model="none", plans=read_plans(["2xTP1", "TP2"], 2), device="cuda", dtype="bfloat16"
+)
+
+
+def test_a_server_begins_with_the_table_of_its_gpus_and_its_model():
+    cost = first_guess(CONFIG, SHAPE, H100)
+    assert isinstance(cost, TableCost)
+    assert cost.table.model == "Llama-3.1-8B"
+    assert "measured with Llama-3.1-8B on 2x NVIDIA H100 80GB HBM3" in guess_words(cost)
+
+
+@pytest.mark.parametrize("driver_name", ["NVIDIA H100 PCIe", "NVIDIA H200", "", "NVIDIA L4"])
+def test_what_was_measured_on_other_gpus_is_not_for_these(driver_name: str):
+    assert isinstance(first_guess(CONFIG, SHAPE, driver_name), AnalyticCost)
+
+
+def test_what_was_measured_of_another_model_is_not_for_this_one():
+    other = replace(SHAPE, vocab_size=32_768)
+    assert isinstance(first_guess(CONFIG, other, H100), AnalyticCost)
+    assert isinstance(first_guess(replace(CONFIG, dtype="float32"), SHAPE, H100), AnalyticCost)
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "machine"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "2xA100-80GB"),
+        ("NVIDIA H200", "2xH200-141GB"),
+        ("NVIDIA L4", "2xH100-80GB"),
+    ],
+)
+def test_the_analytic_model_is_of_the_gpus_there_are_as_far_as_they_are_known(
+    driver_name: str, machine: str
+):
+    cost = first_guess(CONFIG, SHAPE, driver_name)
+    assert guess_words(cost) == f"Step times to begin with: an analytic model of {machine}."
+
+
+def test_a_cpu_is_a_machine_of_its_own():
+    cost = first_guess(replace(CONFIG, device="cpu", dtype="float32"), SHAPE, "")
+    assert guess_words(cost) == "Step times to begin with: an analytic model of 2xCPU."
+
+
+def test_it_is_analytic_where_that_is_asked_for():
+    config = replace(CONFIG, cost="analytic")
+    check_cost(config)
+    assert isinstance(first_guess(config, SHAPE, H100), AnalyticCost)
+
+
+def test_a_file_is_used_whatever_the_machine_and_read_before_workers_start(tmp_path: Path):
+    with pytest.raises(ConfigError, match="Cannot read"):
+        check_cost(replace(CONFIG, cost=str(tmp_path / "none.json")))
+    table = shipped_table(SHAPE, Machine.parse("2xH100"), "bfloat16")
+    assert table is not None
+    with as_file(table) as path:
+        config = replace(CONFIG, cost=str(path))
+        check_cost(config)
+        assert isinstance(first_guess(config, SHAPE, "NVIDIA L4"), TableCost)
+        plans = read_plans(["TP4"], 4)
+        with pytest.raises(ConfigError, match="no steps at TP4"):
+            check_cost(replace(config, plans=plans))
