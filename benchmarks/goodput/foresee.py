@@ -26,6 +26,7 @@ import msgspec
 from benchmarks.goodput.basis import steps_digest
 from benchmarks.goodput.points import SATURATED, Mixes, Point, Run, Side, save
 from nitsum.config import Policy
+from nitsum.errors import ConfigError
 from nitsum.metrics.figures import figures
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.targets import Targets
@@ -69,6 +70,8 @@ class Foresight:
         items = generate(scaled(self.mixes[mix], load))
         result = simulate(self._system(side), items, targets=self.targets, options=self.options)
         run = Run(side=side.name, mix=mix, load=load, figures=self._figures(result))
+        if "busy_share" not in run.figures:
+            raise _too_short(run)
         save(run, path)
         self.note(line_of(run))
         return run
@@ -101,11 +104,18 @@ class Foresight:
 
 def answered_per_s(run: Recorder, warmup_s: float) -> float:
     """Answers that ended while requests arrived, the warm-up left out."""
-    arrivals = [record.arrival_s for record in run.requests.values()]
+    arrivals = [record.arrival_s for record in run.requests.values()] or [0.0]
     start_s, end_s = min(arrivals) + warmup_s, max(arrivals)
     ends = (r.finished_s for r in run.requests.values() if r.is_answered)
     num = sum(end is not None and start_s <= end <= end_s for end in ends)
     return num / max(end_s - start_s, 1e-9)
+
+
+def _too_short(run: Run) -> ConfigError:
+    return ConfigError(
+        f"{run.mix}, load {run.load:.2f}, {run.side}: after the warm-up too few requests arrive, "
+        "or are answered while others do, to be judged. Give more --seconds."
+    )
 
 
 def line_of(run: Run) -> str:
@@ -169,7 +179,10 @@ class _Search:
         """Twice the load until it is far too much."""
         load = 1.0
         while True:
-            answered = self._run(side, "mixed", load).figures["answered_per_s"]
+            run = self._run(side, "mixed", load)
+            answered = run.figures["answered_per_s"]
+            if not answered:
+                raise _too_short(run)
             if answered < _ANSWERED * load:
                 return answered
             load *= 2.0
