@@ -25,8 +25,6 @@ from nitsum.server.keys import KeyRing
 from nitsum.server.settings import ServerSettings
 from nitsum.tier import DEFAULT_TIERS, Tier, TierSet
 
-CPU_KV_BYTES = 256 << 20
-
 
 def build_plans(settings: PlanSettings) -> PlanSet:
     """The plans named, or the default ones that `min_tp` allows."""
@@ -56,11 +54,7 @@ def _default_plans(settings: PlanSettings) -> PlanSet:
 
 def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
     """The engine's configuration for the checkpoint folder `model`."""
-    on_cpu, limits = settings.device == "cpu", settings.limits
-    kv_bytes = settings.kv_memory
-    if kv_bytes is None:
-        kv_bytes = CPU_KV_BYTES if on_cpu else 0
-    plans = build_plans(settings)
+    limits, plans = settings.limits, build_plans(settings)
     return EngineConfig(
         model=str(model),
         plans=plans,
@@ -69,7 +63,7 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         dtype=settings.chosen_dtype,
         min_tp=settings.min_tp_of(plans),
         block_tokens=limits.block_tokens,
-        kv_bytes=kv_bytes,
+        kv_bytes=settings.kv_bytes,
         host_kv_bytes=settings.host_kv_memory,
         max_model_len=settings.max_model_len,
         max_num_seqs=limits.max_num_seqs,

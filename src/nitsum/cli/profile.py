@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,11 +22,11 @@ from nitsum.bench.profile import (
     shapes_of,
     table_of,
 )
-from nitsum.cli.build import CPU_KV_BYTES, build_plans
+from nitsum.cli.build import build_plans
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.progress import note
-from nitsum.cli.readers import one_of, size_bytes, text, whole_number
-from nitsum.cli.settings import PlanSettings, StepSettings
+from nitsum.cli.readers import text
+from nitsum.cli.settings import ModelSettings
 from nitsum.cli.sources import add_flags, setting, settings_or_error
 from nitsum.config import EngineConfig
 from nitsum.cost.fit import print_fit
@@ -41,19 +40,10 @@ from nitsum.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSettings(StepSettings, PlanSettings):
+class ProfileSettings(ModelSettings):
     """What is measured, as it will be served."""
 
-    model: str = setting(
-        text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
-    )
     out: str = setting(text, "cost.json", "where the table goes", "FILE")
-    load_format: Literal["auto", "dummy"] = setting(
-        one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
-    )
-    threads: int = setting(whole_number(), 0, "CPU threads of one worker", "N")
-    kv_memory: int | None = setting(size_bytes, None, "KV arena of one rank", "SIZE")
-    max_model_len: int = setting(whole_number(), 0, "longest prompt plus answer, tokens", "N")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
-    on_cpu, limits = settings.device == "cpu", settings.limits
-    kv_bytes = settings.kv_memory
-    if kv_bytes is None:
-        kv_bytes = CPU_KV_BYTES if on_cpu else 0
-    plans = build_plans(settings)
+    limits, plans = settings.limits, build_plans(settings)
     return EngineConfig(
         model=str(model),
         plans=plans,
@@ -112,7 +98,7 @@ def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
         dtype=settings.chosen_dtype,
         min_tp=settings.min_tp_of(plans),
         block_tokens=limits.block_tokens,
-        kv_bytes=kv_bytes,
+        kv_bytes=settings.kv_bytes,
         max_model_len=settings.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_batch_tokens=limits.max_batch_tokens,

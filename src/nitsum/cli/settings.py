@@ -21,6 +21,8 @@ from nitsum.limits import DTYPES, STEP_LIMITS, StepLimits, step_limits
 from nitsum.messages import Dtype
 from nitsum.plan import PlanSet
 
+CPU_KV_BYTES = 256 << 20
+
 
 def by_device(name: str) -> str:
     """The default of one of `StepLimits`, in words."""
@@ -109,8 +111,8 @@ class StepSettings(StepSizes, DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(StepSettings, PlanSettings):
-    """Plans, engine and server together."""
+class ModelSettings(StepSettings, PlanSettings):
+    """What ranks load, and the memory they give it."""
 
     model: str = setting(
         text, "", "a checkpoint folder, a .gguf file, or `demo`", "MODEL", positional=True
@@ -118,7 +120,6 @@ class ServeSettings(StepSettings, PlanSettings):
     load_format: Literal["auto", "dummy"] = setting(
         one_of("auto", "dummy"), "auto", "auto reads the weights, dummy draws random ones", "FORMAT"
     )
-    seed: int = setting(whole_number(), 0, "of dummy weights", "N")
     threads: int = setting(
         whole_number(), 0, "CPU threads of one worker (default: the cores, divided)", "N"
     )
@@ -128,11 +129,25 @@ class ServeSettings(StepSettings, PlanSettings):
         "KV arena of one rank, e.g. 256MiB (default: 256MiB on cpu, what is left on cuda)",
         "SIZE",
     )
-    host_kv_memory: int = setting(
-        size_bytes, 0, "host memory of one rank for KV of displaced requests", "SIZE"
-    )
     max_model_len: int = setting(
         whole_number(), 0, "longest prompt plus answer, tokens (default: the checkpoint's)", "N"
+    )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of a rank's arena; 0 is all that is left."""
+        if self.kv_memory is not None:
+            return self.kv_memory
+        return CPU_KV_BYTES if self.device == "cpu" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ModelSettings):
+    """Plans, engine and server together."""
+
+    seed: int = setting(whole_number(), 0, "of dummy weights", "N")
+    host_kv_memory: int = setting(
+        size_bytes, 0, "host memory of one rank for KV of displaced requests", "SIZE"
     )
     max_mixed_tokens: int = setting(
         whole_number(),

@@ -14,12 +14,10 @@ from nitsum.control.load import scaled as scaled_load
 from nitsum.control.score import Limits, PlanScore, Scorer
 from nitsum.control.search import best_set, feasible_plans
 from nitsum.control.steps import StepTimes
-from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Machine
 from nitsum.cost.memory import MemoryModel
-from nitsum.cost.protocol import CostModel
+from nitsum.cost.site import ModelSite
 from nitsum.errors import ConfigError
-from nitsum.limits import StepLimits, step_limits
 from nitsum.plan import Plan, PlanSet, parse_plan
 from nitsum.shape import Geometry, ModelShape
 
@@ -61,30 +59,11 @@ def tilted(load: Load, tier: str) -> Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class Site(ModelSite):
     """What is planned for."""
 
-    shape: ModelShape
-    machine: Machine
-    cost: CostModel | None = None
-    """A measured table; None takes the analytic model."""
-    max_num_seqs: int = 0
-    """Like the other sizes of steps: 0 is what is served on such a machine."""
-    max_batch_tokens: int = 0
-    max_mixed_tokens: int = 0
-    """Of steps with decodes."""
     min_lane_tokens: int = 1 << 13
     """KV a lane must have room for: the longest request that is to be served."""
-    dtype_bytes: int = 2
-
-    @property
-    def limits(self) -> StepLimits:
-        return step_limits(
-            self.machine.device,
-            max_num_seqs=self.max_num_seqs,
-            max_batch_tokens=self.max_batch_tokens,
-            max_mixed_tokens=self.max_mixed_tokens,
-        )
 
     def lane_limits(self, memory: MemoryModel) -> Limits:
         """As the controller of a server has them."""
@@ -93,13 +72,6 @@ class Site:
 
     def memory(self, min_tp: int, max_tp: int) -> MemoryModel:
         return MemoryModel(Geometry(self.shape, max_tp, min_tp), self.machine, self.dtype_bytes)
-
-    def cost_model(self, min_tp: int, max_tp: int) -> CostModel:
-        if self.cost is not None:
-            return self.cost
-        return AnalyticCost(
-            self.shape, self.machine, max_tp=max_tp, min_tp=min_tp, dtype_bytes=self.dtype_bytes
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

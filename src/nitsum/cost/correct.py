@@ -16,8 +16,10 @@ def factor_of(factors: Mapping[int, float], degree: int) -> float:
     """What is known of the degree, or of the others: where a table is wrong it is mostly the
     machine, and a layout must not seem better or worse for never having been in force."""
     factor = factors.get(degree)
-    if factor is not None:
-        return factor
+    return _mean(factors) if factor is None else factor
+
+
+def _mean(factors: Mapping[int, float]) -> float:
     return sum(factors.values()) / len(factors) if factors else 1.0
 
 
@@ -38,7 +40,7 @@ class CorrectedCost:
     def step_time(self, lane: Lane, batch: BatchShape) -> float:
         factor = self.factors.get(lane.group.degree)
         if factor is None:
-            factor = factor_of(self.factors, lane.group.degree)
+            factor = _mean(self.factors)
         return self._base_time(lane, batch) * factor
 
     def move_time(self, num_bytes: int) -> float:

@@ -10,10 +10,10 @@ from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Gpu, Machine, gpu_by_driver, gpu_named
 from nitsum.cost.protocol import CostModel
 from nitsum.cost.shipped import ANALYTIC, chosen_cost
+from nitsum.cost.site import ModelSite
 from nitsum.cost.table import TableCost
 from nitsum.plan import Group, Lane
 from nitsum.shape import ModelShape
-from nitsum.shared import DTYPE_BYTES
 from nitsum.step import BatchShape
 
 
@@ -37,13 +37,9 @@ def first_guess(config: EngineConfig, shape: ModelShape, driver_name: str) -> Co
     gpu = _gpu(config, driver_name)
     machine = Machine(gpu or gpu_named("H100"), config.num_ranks)
     words = config.cost if gpu else config.cost or ANALYTIC
-    return chosen_cost(words, shape, machine, config.dtype) or AnalyticCost(
-        shape,
-        machine,
-        max_tp=config.max_tp,
-        min_tp=config.min_tp,
-        dtype_bytes=DTYPE_BYTES[config.dtype],
-    )
+    cost = chosen_cost(words, shape, machine, config.dtype)
+    site = ModelSite(shape=shape, machine=machine, dtype=config.dtype, cost=cost)
+    return site.cost_model(config.min_tp, config.max_tp)
 
 
 def guess_words(cost: CostModel) -> str:

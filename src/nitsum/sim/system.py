@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from nitsum.config import EngineConfig, Policy
-from nitsum.cost.analytic import AnalyticCost, step_work
-from nitsum.cost.machines import Machine
+from nitsum.cost.analytic import step_work
 from nitsum.cost.memory import MemoryModel, smallest_min_tp
 from nitsum.cost.protocol import CostModel
+from nitsum.cost.site import ModelSite
 from nitsum.errors import ConfigError
 from nitsum.kv.cache import ArenaShape
-from nitsum.limits import StepLimits, step_limits
+from nitsum.limits import StepLimits
 from nitsum.metrics.ranks import WorkOf
 from nitsum.metrics.targets import Targets, default_targets
 from nitsum.plan import Lane, Plan, PlanSet, default_plans, parse_plan
-from nitsum.shape import Geometry, ModelShape
+from nitsum.shape import Geometry
 from nitsum.tier import DEFAULT_TIERS, Tier
 
 URGENT_TIERS = ("priority", "default")
@@ -32,46 +31,24 @@ _LONG_REQUEST_TOKENS = 1 << 13
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class Site(ModelSite):
     """What all systems of a comparison share."""
 
     model: str
-    shape: ModelShape
-    machine: Machine
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
-    max_num_seqs: int = 0
-    """Like the other sizes of steps and blocks: 0 is what is served on such a machine."""
-    max_batch_tokens: int = 0
-    max_mixed_tokens: int = 0
-    """Of steps with decodes."""
     max_model_len: int = 0
     block_tokens: int = 0
+    """0 is what is served on such a machine."""
     prefix_cache: bool = True
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     kv_bytes: int = 0
     """KV arena of one rank; 0 is what each system's weights leave."""
     host_kv_bytes: int = 0
     """Host memory of one rank for KV of displaced requests."""
-    cost: CostModel | None = None
-    """Instead of the analytic model: a measured table."""
-
-    @property
-    def num_ranks(self) -> int:
-        return self.machine.num_gpus
 
     @property
     def limits(self) -> StepLimits:
-        return step_limits(
-            self.machine.device,
-            block_tokens=self.block_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_batch_tokens=self.max_batch_tokens,
-            max_mixed_tokens=self.max_mixed_tokens,
-        )
-
-    @property
-    def dtype_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+        limits = super().limits
+        return replace(limits, block_tokens=self.block_tokens or limits.block_tokens)
 
     @property
     def min_tp(self) -> int:
@@ -109,9 +86,7 @@ def build_system(
     min_tp = plans.degrees[0] if min_tp is None else min_tp
     geometry = Geometry(site.shape, plans.max_tp, min_tp)
     arena = _arena(site, name, plans, geometry)
-    cost = site.cost or AnalyticCost(
-        site.shape, site.machine, max_tp=plans.max_tp, min_tp=min_tp, dtype_bytes=site.dtype_bytes
-    )
+    cost = site.cost_model(min_tp, plans.max_tp)
     config = _config(site, plans, policy, min_tp, arena.num_units * arena.unit_bytes)
     work_of = partial(step_work, geometry, dtype_bytes=site.dtype_bytes)
     return System(name, config, arena, cost, work_of)
@@ -164,9 +139,7 @@ def _config(
 def site_targets(site: Site) -> Targets:
     """The default target rule, from lone steps at the smallest degree that is of use."""
     degree = site.min_tp
-    cost = site.cost or AnalyticCost(
-        site.shape, site.machine, min_tp=degree, dtype_bytes=site.dtype_bytes
-    )
+    cost = site.cost_model(degree, site.num_ranks)
     kind = "a measured table" if site.cost else "the analytic cost model"
     return default_targets(cost, degree, f"{site.model} on {site.machine}, TP{degree}, {kind}")
 

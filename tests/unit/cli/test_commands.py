@@ -10,9 +10,9 @@ import pytest
 
 from nitsum import __version__
 from nitsum.cli import COMMANDS, checkpoint, main
-from nitsum.cli.build import CPU_KV_BYTES, build_engine_config, build_plans, build_tiers, tiers_of
+from nitsum.cli.build import build_engine_config, build_plans, build_tiers, tiers_of
 from nitsum.cli.drawing import draw_plan
-from nitsum.cli.settings import PlanSettings, ServeSettings
+from nitsum.cli.settings import CPU_KV_BYTES, PlanSettings, ServeSettings
 from nitsum.errors import CheckpointError, ConfigError
 from nitsum.metrics.targets import Targets, TierRule, save_targets
 from nitsum.plan import parse_plan
