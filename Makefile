@@ -94,16 +94,16 @@ check: browser database ## Lint, types and tests: what continuous integration ru
 	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(CHECKS)
 
 lint: $(STAMP) ## Check style
-	$(VENV)/bin/ruff check src tests
-	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks
 
 types: $(STAMP) ## Check types
 	$(VENV)/bin/pyright
 
 format: $(STAMP) ## Format the code and fix what can be fixed
-	$(VENV)/bin/ruff format src tests
-	$(VENV)/bin/ruff check --fix src tests
+	$(VENV)/bin/ruff format src tests benchmarks
+	$(VENV)/bin/ruff check --fix src tests benchmarks
 
 clean: ## Remove the environment and all caches inside this folder
 	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

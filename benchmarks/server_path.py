@@ -13,7 +13,9 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from uvicorn.server import ServerState
@@ -94,8 +96,9 @@ async def measure(model: Path, num_streams: int, num_tokens: int) -> dict[str, f
 async def begin(config: uvicorn.Config, client: Client, num_streams: int, num_tokens: int) -> None:
     """Every request is here, and has its first token."""
     state = ServerState()
+    make = cast(Callable[..., asyncio.Protocol], config.http_protocol_class)
     for _ in range(num_streams):
-        protocol = config.http_protocol_class(config=config, server_state=state, app_state={})
+        protocol = make(config=config, server_state=state, app_state={})
         protocol.connection_made(Transport())
         protocol.data_received(request(num_tokens))
     while len(client.request_ids) < num_streams:

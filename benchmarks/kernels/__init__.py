@@ -1,0 +1,1 @@
+"""Times of kernels against the bytes or operations they cannot avoid."""
