@@ -96,6 +96,7 @@ class Sequence:
         "first_token_s",
         "group",
         "hashes",
+        "late",
         "latest_start_s",
         "lost_after_s",
         "missed_after_s",
@@ -175,6 +176,8 @@ class Sequence:
         """Time per token it is held to after the first; None for deadline tiers."""
         self.promised = False
         """Admission found room for it within its tier's targets."""
+        self.late = False
+        """It has no promise and was taken in its tier all the same: it will be hardly late."""
         self.promoted = False
         """It waited as long as its tier allows, and goes before everything else."""
         self.wait_from_s = request.arrival_s

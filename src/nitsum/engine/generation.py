@@ -135,6 +135,8 @@ class Generation:
         lower = self.tiers.below(tier)
         if lower is None:
             return route
+        if (late := admission.route_late(sequence, plan)) is not None:
+            return late
         sequence.tier, sequence.tier_reason = lower.name, OVER_CAPACITY
         self.emit(
             Downgraded(
@@ -154,7 +156,7 @@ class Generation:
 
     def _enqueue(self, sequence: Sequence, route: Route) -> None:
         tier = self.tiers[sequence.tier]
-        sequence.promised = route.promised
+        sequence.promised, sequence.late = route.promised, route.late
         if self.setting.rules.slack:
             deadline_s = self.memory.chains.deadline_s(sequence.request)
             set_targets(sequence, tier, route.work, deadline_s)

@@ -37,6 +37,8 @@ class Route(NamedTuple):
     promised: bool
     then: Lane | None = None
     """Where its answer is to go on, if that is another lane. It may become a third one."""
+    late: bool = False
+    """Not promised, but hardly late: it keeps its tier."""
 
 
 class _Asking(NamedTuple):
@@ -134,6 +136,16 @@ class Admission:
                     return Route(offer.lane, offer.work, True, offer.then)
         return Route(offers[0].lane, offers[0].work, False, offers[0].then)
 
+    def route_late(self, sequence: Sequence, plan: Plan) -> Route | None:
+        """The best lane that would serve it a little late; None: it would be far too late in all,
+        or keep promised answers from their pace."""
+        asking = self._ask(sequence)
+        if asking.tier.deadline_s is None:
+            for offer in self._offers(asking, plan):
+                if self._can(asking, offer, late=True):
+                    return Route(offer.lane, offer.work, False, offer.then, late=True)
+        return None
+
     def is_overloaded(self, sequence: Sequence, plan: Plan) -> bool:
         """Whether load is what keeps lanes from promising it: idle, one of them could."""
         asking = self._ask(sequence)
@@ -143,7 +155,10 @@ class Admission:
         """The request stands in the lane's books from now on."""
         lane, then = route.lane, route.then
         self.book.add(sequence, lane, self.setting.level(sequence), route.work, then)
-        if not route.promised or self.setting.tiers[sequence.tier].deadline_s is not None:
+        if (
+            not (route.promised or route.late)
+            or self.setting.tiers[sequence.tier].deadline_s is not None
+        ):
             return
         asking, promises = self._ask(sequence), self.promises[lane.group]
         if then is not None:
@@ -151,7 +166,8 @@ class Admission:
             self.promises[then.group].add_decode(sequence, asking.num_tokens)
         if sequence.num_remaining > 1:
             num_held = asking.num_prompt if then is not None else asking.num_tokens
-            promises.add(sequence, asking.tier, asking.num_prompt, num_held)
+            add = promises.add_late if route.late else promises.add
+            add(sequence, asking.tier, asking.num_prompt, num_held)
         else:
             promises.add_decode(sequence, asking.num_tokens)
 
@@ -161,7 +177,7 @@ class Admission:
         work = self.setting.estimator.work(lane, asking.num_prompt, asking.answer_tokens)
         if lane.role == "prefill" and sequence.num_remaining > 1:
             then = self._follower(asking, plan)[0]
-        return Route(lane, work, sequence.promised, then)
+        return Route(lane, work, sequence.promised, then, sequence.late)
 
     def prefilled(self, sequence: Sequence) -> None:
         """Its prompt has been sent."""
@@ -261,7 +277,7 @@ class Admission:
         num_new = max(1, asking.num_prompt - hits * self.setting.kv.arena.block_tokens)
         return self.setting.estimator.work(lane, num_new, asking.answer_tokens)
 
-    def _can(self, asking: _Asking, offer: _Offer) -> bool:
+    def _can(self, asking: _Asking, offer: _Offer, *, late: bool = False) -> bool:
         if asking.tier.deadline_s is not None:
             alone_s = offer.work.prefill_s + offer.work.latency_s
             return max(offer.done_s, alone_s) <= asking.slack_s
@@ -271,7 +287,8 @@ class Admission:
             if not self._can_go_on(asking, offer.then):
                 return False
         promises = self.promises[offer.lane.group]
-        return promises.can(asking.tier, asking.num_prompt, num_tokens, asking.slack_s)
+        can = promises.can_late if late else promises.can
+        return can(asking.tier, asking.num_prompt, num_tokens, asking.slack_s)
 
     def _could(self, asking: _Asking, offer: _Offer) -> bool:
         tier, num_prompt = asking.tier, asking.num_prompt

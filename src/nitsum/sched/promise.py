@@ -15,6 +15,9 @@ A prefill lane has no decodes: its steps are as long as a full chunk, and only p
 room there. A decode lane's steps have no chunk; it promises its part of requests that come to it.
 
 A deadline tier is promised if all work before it and its own would be done in time.
+
+Who comes in a burst and cannot be promised is taken without a promise where it would be a little
+late, if its answer keeps everybody's pace (`can_late`).
 """
 
 from __future__ import annotations
@@ -38,11 +41,13 @@ PLANNED_CONTEXT = 1024
 """Positions before a chunk, for its price."""
 STEPS_UNDER_WAY = 2
 """The engine runs a step ahead: a new request joins the step after next."""
+LATE = 4.0
+"""Times its target by which a prompt without a promise must be through to be worth its tier."""
 ONE_DECODE = BatchShape(1, 1, 0, 0, 1)
 
 
 class _Level:
-    """Promised prompts of one level that are not through yet."""
+    """Prompts of one level that are not through yet: the promised ones, or the others."""
 
     def __init__(self) -> None:
         self.pending: dict[Sequence, float] = {}
@@ -79,6 +84,8 @@ class Promises:
         self.tiers = tuple(tiers)
         self._level_of = {tier.name: level for level, tier in enumerate(tiers)}
         self._levels = [_Level() for _ in tiers]
+        self._late = [_Level() for _ in tiers]
+        """Taken without a promise."""
         self._held: dict[Sequence, int] = {}
         """Promised requests with a TPOT, and the positions they may come to hold."""
         self.num_tokens = 0
@@ -112,6 +119,14 @@ class Promises:
             return False  # the test that a busy lane fails, and the cheapest
         return self.can_decode(tier, num_tokens)
 
+    def can_late(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
+        """Whether a request it cannot promise would be no more than a little late, after the others
+        of that kind, and leave promised answers their pace."""
+        level = self._level_of[tier.name]
+        seconds = self._ahead_s(level) + self.through_s(num_prompt)
+        seconds += sum(entry.backlog_s for entry in self._late[: level + 1])
+        return seconds <= LATE * slack_s and self.can_decode(tier, num_tokens)
+
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
         """Whether it could if it had promised nothing: if not, load is not what is in the way."""
         return (
@@ -128,6 +143,11 @@ class Promises:
         self._levels[self._level_of[tier.name]].add(sequence, self.through_s(num_prompt))
         self.add_decode(sequence, num_tokens)
 
+    def add_late(self, sequence: Sequence, tier: Tier, num_prompt: int, num_tokens: int) -> None:
+        """Take it without a promise; `can_late` was asked. Its answer counts as a promised one."""
+        self._late[self._level_of[tier.name]].add(sequence, self.through_s(num_prompt))
+        self.add_decode(sequence, num_tokens)
+
     def add_decode(self, sequence: Sequence, num_tokens: int) -> None:
         """Promise only its part in the decodes: its prompt is computed, or is so elsewhere."""
         self._held[sequence] = num_tokens
@@ -136,15 +156,17 @@ class Promises:
     def prefilled(self, sequence: Sequence) -> None:
         """Its prompt is through."""
         if sequence in self._held:
-            for entry in self._levels:
-                entry.remove(sequence)
+            self._forget_prompt(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         num_tokens = self._held.pop(sequence, None)
         if num_tokens is not None:
             self.num_tokens -= num_tokens
-            for entry in self._levels:
-                entry.remove(sequence)
+            self._forget_prompt(sequence)
+
+    def _forget_prompt(self, sequence: Sequence) -> None:
+        for entry in (*self._levels, *self._late):
+            entry.remove(sequence)
 
     def through_s(self, num_prompt: int) -> float:
         """Seconds of the lane until a prompt is computed, beside decodes."""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nitsum.cost.protocol import FixedCost
 from nitsum.events import Downgraded, Finished, Refused, Routed
 from nitsum.messages import Output
+from nitsum.metrics.records import Recorder
+from nitsum.sched.promise import LATE, STEPS_UNDER_WAY
 from nitsum.tier import BATCH, DEFAULT, DEFAULT_TIERS, FLEX, PRIORITY
 from tests.unit.engine.machine import Machine
 
@@ -51,6 +53,37 @@ def test_priority_over_capacity_is_served_as_default_and_says_so():
         assert output.tier == ("default" if lower else "priority")
         assert output.reason == ("over_capacity" if lower else None)
     assert {e.tier for e in of(machine, Finished) if e.request_id in downgraded} == {"default"}
+
+
+def test_priority_that_comes_in_a_burst_keeps_its_tier_while_it_is_hardly_late():
+    """Some are promised, as many more as fit into four times the target are taken without a
+    promise, and only those after them are served as default."""
+    machine = machine_of(num_blocks=8000, max_num_seqs=64, max_batch_tokens=512)
+    ids = [machine.submit([i, 1] * 100, max_tokens=6, tier="priority") for i in range(60)]
+    downgraded = {e.request_id for e in of(machine, Downgraded)}
+    promised = {e.request_id for e in of(machine, Routed) if e.promised} - downgraded
+    late = set(ids) - promised - downgraded
+    assert promised == set(ids[: len(promised)])
+    assert downgraded == set(ids[-len(downgraded) :])
+    assert 0 < len(promised) < len(late)
+    most = LATE * (len(promised) + STEPS_UNDER_WAY)  # each takes a planned step
+    assert len(promised | late) <= most < len(ids)
+    machine.drain()
+    requests = Recorder(machine.log.events).requests
+    assert max(requests[i].ttft_s for i in promised) <= min(requests[i].ttft_s for i in late)
+    assert max(requests[i].ttft_s for i in late) <= LATE * PRIORITY.ttft_s
+
+
+def test_late_answers_take_no_more_places_than_keep_everybodys_pace():
+    machine = machine_of(cost=FixedCost(0.005, 0.005), max_num_seqs=64, max_batch_tokens=64)
+    for i in range(30):
+        machine.submit([i] * 8, max_tokens=40, tier="priority")
+    downgraded = {e.request_id for e in of(machine, Downgraded)}
+    assert len(downgraded) > 20
+    machine.drain()
+    for record in Recorder(machine.log.events).requests.values():
+        if record.request_id not in downgraded:
+            assert record.tpot_s <= PRIORITY.tpot_s
 
 
 def test_flex_over_capacity_is_refused_with_a_time_to_try_again():
