@@ -10,17 +10,19 @@ from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Move, MoveDone, Pull, Step, StepDone, StepsTimed, Work
 from nitsum.plan import Group
 from nitsum.request import Request, SamplingParams, Sequence
-from nitsum.sim.executor import SimExecutor, work_shape
+from nitsum.sim.executor import BESIDE_COPIES, SimExecutor, work_shape
 from nitsum.step import TIMES_A_REPORT, Chunk, RankTime, batch_shape
 
 ARENA = ArenaShape(num_ranks=2, num_units=64, units_per_block=2, block_tokens=4, unit_bytes=10**8)
 TP1_0, TP1_1, TP2 = Group(1, 0), Group(1, 1), Group(2, 0)
 
 
-def executor(noise: float = 0.0, seed: int = 0) -> SimExecutor:
+def executor(noise: float = 0.0, seed: int = 0, *, copies_beside: bool = False) -> SimExecutor:
     """A token costs a second; 100 MB move in 0.1 s; replies are here at once."""
-    cost, clock = FixedCost(0.0, 1.0), VirtualClock()
-    return SimExecutor(ARENA, cost, clock, host_latency_s=0.0, noise=noise, seed=seed)
+    return SimExecutor(
+        ARENA, FixedCost(0.0, 1.0), VirtualClock(), host_latency_s=0.0, noise=noise, seed=seed,
+        copies_beside=copies_beside,
+    )  # fmt: skip
 
 
 def send(target: SimExecutor, step_id: int, group: Group, num_tokens: int) -> None:
@@ -77,6 +79,24 @@ def test_a_move_waits_for_the_messages_it_names():
         (pytest.approx(3.3), StepDone),
         (7.0, StepDone),
     ]
+
+
+def test_a_copy_beside_steps_makes_them_longer_and_others_wait_for_its_end():
+    target = executor(copies_beside=True)
+    copy = Move(7, [Pull(0, [*range(20)], [*range(20)])], [], [])
+    target.send([1], copy)
+    after = [(1, target.num_sent(1))]
+    send(target, 1, TP1_1, 1)
+    target.send([0], Move(8, [Pull(1, [0], [30])], [], after))
+    send(target, 2, TP1_1, 4)
+    took_s = target.cost.move_time(20 * ARENA.unit_bytes)
+    assert 1.0 < took_s < 3.0
+    first_s = 1.0 + BESIDE_COPIES
+    second_s = first_s + 4.0 + BESIDE_COPIES * (took_s - first_s)
+    ends = {r.move_id: at_s for at_s, r in replies(target) if isinstance(r, MoveDone)}
+    assert ends[7] == took_s
+    assert ends[8] == pytest.approx(took_s + target.cost.move_time(ARENA.unit_bytes))
+    assert target.busy_s[1] == pytest.approx(second_s)
 
 
 def test_host_memory_has_a_price_of_its_own():

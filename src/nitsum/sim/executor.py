@@ -7,8 +7,11 @@ that a message waits for was sent before it, so its end is known at the moment i
     rank 0   | step 1 (TP2) | step 3 (TP1) |
     rank 1   | step 1 (TP2) |    step 2 (TP1)    | move, after (rank 0, 2) |
 
-Moves take their turn between steps, so what a switch costs is overestimated rather than
-underestimated. With `copies_beside`, pre-copies run beside later steps, as they do on a GPU.
+On a CPU, moves take their turn between steps. With `copies_beside`, as on a GPU, copies that do not
+end a transaction run beside later steps, which take a little longer meanwhile:
+
+    rank 1   | step 2 |   step 3   | step 4 |
+                 | move                | done, what names it goes on
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ from nitsum.step import BatchShape, RankTime, RankTimes
 
 HOST_LATENCY_S = 200e-6
 """From the end of a step to its tokens in the engine: one message between processes."""
+BESIDE_COPIES = 0.04
+"""What a step takes longer beside a copy: 0.7 ms of 18 on two H100 (docs/performance.md)."""
 
 
 class SimExecutor:
@@ -123,6 +128,9 @@ class SimExecutor:
         lasts_s = self.cost.step_time(self._lane(step.group), shape)
         if self.noise:
             lasts_s *= 1.0 + self._random.uniform(-self.noise, self.noise)
+        beside_s = max(self._copied_s[rank] for rank in ranks) - start_s
+        if beside_s > 0.0:
+            lasts_s += BESIDE_COPIES * min(lasts_s, beside_s)
         end_s = start_s + lasts_s
         leader, *others = [
             RankTime(step.step_id, end_s - from_s, start_s - from_s)
@@ -148,8 +156,8 @@ class SimExecutor:
         if host_bytes:
             lasts_s += self.cost.offload_time(host_bytes)
         if self.copies_beside and num_bytes and not move.rows:
-            self._finish(rank, self._free_s[rank], 0.0)
             end_s = self._copied_s[rank] = max(start_s, self._copied_s[rank]) + lasts_s
+            self._done_s[rank].append(end_s)
         else:
             end_s = start_s + lasts_s
             self._finish(rank, end_s, lasts_s)

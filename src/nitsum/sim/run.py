@@ -126,6 +126,7 @@ class Simulation:
             host_latency_s=self.options.host_latency_s,
             noise=self.options.noise,
             seed=self.options.seed,
+            copies_beside=system.config.device == "cuda",
         )
         every_sink = self.recorder if sink is None else BothSinks(self.recorder, sink)
         if self.options.switch_cost_s:
