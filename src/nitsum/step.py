@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from nitsum.plan import Lane
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 
 class Chunk(NamedTuple):

@@ -9,7 +9,8 @@ from nitsum.cost.protocol import FixedCost
 from nitsum.kv.cache import ArenaShape
 from nitsum.messages import Move, MoveDone, Pull, Step, StepDone, StepsTimed, Work
 from nitsum.plan import Group
-from nitsum.request import Request, SamplingParams, Sequence
+from nitsum.request import Request, SamplingParams
+from nitsum.sequence import Sequence
 from nitsum.sim.executor import BESIDE_COPIES, SimExecutor, work_shape
 from nitsum.step import TIMES_A_REPORT, Chunk, RankTime, batch_shape
 

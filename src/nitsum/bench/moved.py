@@ -22,7 +22,7 @@ from nitsum.events import (
     SwitchEnded,
 )
 from nitsum.plan import Group, PlanSet
-from nitsum.request import SeqState, Sequence
+from nitsum.sequence import SeqState, Sequence
 
 MovedIn = Literal["prefill", "decode", "paused"]
 

@@ -35,7 +35,8 @@ from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
 from nitsum.messages import SwitchReport
 from nitsum.plan import Group, PlanSet
-from nitsum.request import Request, Sequence
+from nitsum.request import Request
+from nitsum.sequence import Sequence
 
 Note = Callable[[str], None]
 """Takes a sentence about the start."""

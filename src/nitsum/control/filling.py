@@ -14,7 +14,7 @@ from typing import Protocol
 from nitsum.control.migration import Lanes, SequenceMove, Wave
 from nitsum.kv.transfer import stays_home
 from nitsum.plan import Group, Lane, Plan
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 
 class FillingLanes(Lanes, Protocol):

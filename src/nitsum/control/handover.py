@@ -25,7 +25,7 @@ from nitsum.control.migration import Lanes, SequenceMove, Wave
 from nitsum.events import AnyEvent, HandedOver
 from nitsum.kv.transfer import copy_needs
 from nitsum.plan import Group
-from nitsum.request import SeqState, Sequence
+from nitsum.sequence import SeqState, Sequence
 
 
 class Relay(Lanes, Protocol):

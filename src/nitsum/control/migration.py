@@ -23,7 +23,7 @@ from nitsum.kv.cache import KvCache
 from nitsum.kv.transfer import Copies, Transfer, copy_needs, join_copies
 from nitsum.messages import RowPull
 from nitsum.plan import Group
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 
 class Lanes(Protocol):

@@ -29,7 +29,7 @@ from nitsum.errors import SwitchRefused
 from nitsum.events import AnyEvent, SwitchStarted, WaveRolledBack
 from nitsum.messages import SwitchReport
 from nitsum.plan import Group, Lane, Plan
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 
 class Landing(Protocol):

@@ -15,7 +15,8 @@ from nitsum.events import Finished, StepEnded
 from nitsum.kv.prefix import hash_block
 from nitsum.messages import StepDone, TokenLogprobs
 from nitsum.plan import Group
-from nitsum.request import FinishReason, SeqState, Sequence
+from nitsum.request import FinishReason
+from nitsum.sequence import SeqState, Sequence
 
 Drawn = tuple[int, TokenLogprobs | None, bytes | None]
 """A token as it came from a worker, with what was asked for beside it."""

@@ -51,10 +51,11 @@ from nitsum.messages import (
     StepsTimed,
     SwitchReport,
 )
-from nitsum.request import Request, SeqState, Sequence
+from nitsum.request import Request
 from nitsum.sched.admission import queue_timeout
 from nitsum.sched.alarms import Alarms
 from nitsum.sched.composed import Composed
+from nitsum.sequence import SeqState, Sequence
 from nitsum.tier import TierSet
 
 PORTION_S = 6e-3

@@ -10,7 +10,7 @@ from nitsum.kv.cache import KvCache
 from nitsum.kv.host import Load, Save
 from nitsum.messages import Join, Move, Pages, Pull, RowPull, Step, Work
 from nitsum.plan import Lane
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 from nitsum.step import Chunk
 
 

@@ -30,7 +30,6 @@ from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
 from nitsum.messages import SwitchReport
 from nitsum.plan import Group, Lane, Plan
-from nitsum.request import Sequence
 from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, check_queue, no_capacity
 from nitsum.sched.chains import ChainBook
 from nitsum.sched.composed import Preemption
@@ -41,6 +40,7 @@ from nitsum.sched.limits import LaneLimits
 from nitsum.sched.rules import RULES
 from nitsum.sched.setting import Setting
 from nitsum.sched.targets import set_targets
+from nitsum.sequence import Sequence
 from nitsum.tier import Tier, TierSet
 
 SOON_S = 1.0

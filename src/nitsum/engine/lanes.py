@@ -9,8 +9,8 @@ from math import inf
 from typing import NamedTuple
 
 from nitsum.plan import Group, Lane
-from nitsum.request import Sequence
 from nitsum.sched.lane import LaneScheduler
+from nitsum.sequence import Sequence
 from nitsum.step import BatchShape, Chunk
 
 PATIENCE_STEPS = 4

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from nitsum.errors import ApiError
 from nitsum.messages import FromEngine, Output, SwitchReport, TokenLogprobs, Tokens
-from nitsum.request import Request, Sequence
+from nitsum.request import Request
+from nitsum.sequence import Sequence
 
 _MAX_DONE = 1024
 """Switches that are remembered by their operation ids."""

@@ -53,15 +53,15 @@ class UnitPool:
                 refs[start : start + width] = [1] * width
             self.num_free -= count << order
             return starts
-        starts: list[int] = []
-        while len(starts) < count:
-            start = self.alloc(order)
-            if start is None:
-                for taken in reversed(starts):
-                    self.release(taken, 1 << order)
+        taken: list[int] = []
+        while len(taken) < count:
+            found = self.alloc(order)
+            if found is None:
+                for start in reversed(taken):
+                    self.release(start, 1 << order)
                 return None
-            starts.append(start)
-        return starts
+            taken.append(found)
+        return taken
 
     def num_pages(self, order: int) -> int:
         """How often `alloc` would succeed now."""

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from nitsum.errors import ApiError
 from nitsum.plan import Group, Lane, Plan
-from nitsum.request import Sequence
 from nitsum.sched.estimate import Work
 from nitsum.sched.fairness import Accounts
 from nitsum.sched.load import LoadBook
 from nitsum.sched.promise import Promises
 from nitsum.sched.setting import Setting
+from nitsum.sequence import Sequence
 from nitsum.tier import Tier
 
 OVER_CAPACITY = "over_capacity"

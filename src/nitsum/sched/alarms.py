@@ -5,7 +5,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 SPARE = 64
 """Entries of cancelled alarms that the heap may keep, beside one for each that is set."""

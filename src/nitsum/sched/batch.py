@@ -7,11 +7,12 @@ from itertools import accumulate
 from math import ceil, inf
 from typing import TYPE_CHECKING
 
-from nitsum.request import Sequence
+from nitsum.sched import room
 from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.composed import Composed
 from nitsum.sched.order import in_order
 from nitsum.sched.targets import DELIVERY_S, LOOSEST, MARGIN, TIGHTEST
+from nitsum.sequence import Sequence
 from nitsum.step import EMPTY, BatchShape, Chunk, make_chunk
 
 if TYPE_CHECKING:
@@ -112,10 +113,10 @@ def _grow(lane: LaneScheduler, step: Composed, sequence: Sequence, num_tokens: i
     """A block for its next position; without one it makes way itself, unless peers read its KV."""
     if step.preempted and step.has_lost(sequence):
         return False
-    if lane.room.grow(sequence, num_tokens, step):
+    if room.grow(lane, sequence, num_tokens, step):
         return True
-    if not lane.room.is_moving(sequence):
-        lane.room.yield_kv(sequence, sequence, step)
+    if not room.is_moving(lane.kv, sequence):
+        room.yield_kv(lane, sequence, sequence, step)
     return False
 
 

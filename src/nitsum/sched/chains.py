@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from nitsum.kv.prefix import PrefixIndex
-from nitsum.request import Request, Sequence
+from nitsum.request import Request
+from nitsum.sequence import Sequence
 
 
 @dataclass

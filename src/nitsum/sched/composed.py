@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 from typing import NamedTuple
 
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 from nitsum.step import EMPTY, Chunk
 
 

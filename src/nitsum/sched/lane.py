@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from weakref import proxy
 
 from nitsum.plan import Lane
-from nitsum.request import SeqState, Sequence
 from nitsum.sched.alarms import Alarms
 from nitsum.sched.batch import add_decodes, add_prefills
 from nitsum.sched.composed import Composed
 from nitsum.sched.order import PrefillPace
 from nitsum.sched.queue import ReturnQueue, TierQueue
-from nitsum.sched.room import Room
 from nitsum.sched.setting import Setting
 from nitsum.sched.share import Shares
 from nitsum.sched.slots import fill_slots, next_of
+from nitsum.sequence import SeqState, Sequence
 from nitsum.step import BatchShape
 
 LATELY_S = 60.0
@@ -58,7 +56,6 @@ class LaneScheduler:
         """Running ones that were promoted."""
         self.waits = Alarms()
         self.shares = Shares(setting.shares(), 2 * self.limits.max_num_seqs)
-        self.room = Room(proxy(self))  # so that a closed lane is freed at once
         self.neighbours: list[LaneScheduler] = []
         """Lanes that share ranks with this one."""
         self.drains = False
@@ -171,9 +168,10 @@ class LaneScheduler:
 
     def take_waiting(self) -> list[Sequence]:
         """Everything without KV on the device, for routing elsewhere."""
+        queues: list[ReturnQueue | TierQueue] = [*self.returning, *self.waiting]
         taken = [
             sequence
-            for queue in (*self.returning, *self.waiting)
+            for queue in queues
             for sequence in queue
             if sequence.request_id not in self.kv.tables
         ]

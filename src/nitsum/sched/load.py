@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from nitsum.plan import Group, Lane
-from nitsum.request import Sequence
 from nitsum.sched.estimate import Work
+from nitsum.sequence import Sequence
 
 
 @dataclass

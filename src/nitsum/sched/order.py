@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from nitsum.request import Sequence
 from nitsum.sched.composed import Composed
 from nitsum.sched.relegation import Job, given_up
+from nitsum.sequence import Sequence
 
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler

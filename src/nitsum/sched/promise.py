@@ -27,9 +27,9 @@ from math import ceil, inf
 
 from nitsum.cost.protocol import CostModel
 from nitsum.plan import Lane
-from nitsum.request import Sequence
 from nitsum.sched.budget import largest_chunk, with_prefill
 from nitsum.sched.limits import LaneLimits
+from nitsum.sequence import Sequence
 from nitsum.step import BatchShape
 from nitsum.tier import Tier
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
-from nitsum.request import Sequence
 from nitsum.sched.fairness import Account, Accounts
+from nitsum.sequence import Sequence
 
 _Entry = tuple[int, float, int, Sequence]
 """(the client's order, time, ticket, sequence)"""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from nitsum.request import Sequence
+from nitsum.sequence import Sequence
 
 
 class Job(NamedTuple):

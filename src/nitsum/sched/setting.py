@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from nitsum.clock import Clock
 from nitsum.cost.protocol import CostModel
 from nitsum.kv.cache import KvCache
-from nitsum.request import Sequence
 from nitsum.sched.estimate import Estimator
 from nitsum.sched.fairness import Accounts
 from nitsum.sched.limits import LaneLimits
 from nitsum.sched.rules import Rules
+from nitsum.sequence import Sequence
 from nitsum.tier import TierSet
 
 

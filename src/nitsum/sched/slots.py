@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from nitsum.request import SeqState, Sequence
+from nitsum.sched import room
 from nitsum.sched.composed import Composed, Resumption
+from nitsum.sequence import SeqState, Sequence
 
 if TYPE_CHECKING:
     from nitsum.sched.lane import LaneScheduler
@@ -134,7 +135,7 @@ def _restore(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed)
         return False  # its last token is still on its way from the other lane
     if sequence.slot is None and not step.num_free_slots:
         return False
-    if not lane.room.restore(sequence, rank, step):
+    if not room.restore(lane, sequence, rank, step):
         return False
     step.num_free_slots -= sequence.slot is None
     step.resumed.append(Resumption(sequence, 0, rejoins))
@@ -157,7 +158,7 @@ def _admit(lane: LaneScheduler, sequence: Sequence, rank: int, step: Composed) -
         sequence.hashes[:limit],
         lane.setting.tiers[sequence.tier].level,
     )
-    if not lane.room.admit(sequence, rank, step):
+    if not room.admit(lane, sequence, rank, step):
         lane.kv.close(sequence.request_id)
         return False
     step.num_free_slots -= 1

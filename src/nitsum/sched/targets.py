@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
-from nitsum.request import Sequence
 from nitsum.sched.estimate import Work
+from nitsum.sequence import Sequence
 from nitsum.tier import Tier
 
 TIGHTEST = 0.75

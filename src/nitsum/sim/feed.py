@@ -15,7 +15,8 @@ from itertools import count
 import msgspec
 
 from nitsum.metrics.targets import Target, Targets
-from nitsum.request import Request, Sequence
+from nitsum.request import Request
+from nitsum.sequence import Sequence
 from nitsum.workload.items import Segment, WorkItem
 
 INFINITY = float("inf")

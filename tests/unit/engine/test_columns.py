@@ -15,7 +15,8 @@ from nitsum.engine.client import Inbox
 from nitsum.engine.outputs import Outbox
 from nitsum.messages import Output, SwitchReport, TokenLogprobs, Tokens
 from nitsum.plan import Group
-from nitsum.request import Request, SamplingParams, Sequence
+from nitsum.request import Request, SamplingParams
+from nitsum.sequence import Sequence
 
 OUTPUT = Output("a", [1], tier="flex", plan="TP1", lane="TP1@0", num_cached=16, queue_s=0.5)
 

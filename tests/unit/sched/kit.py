@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import count
 
-from nitsum.request import Request, SamplingParams, Sequence
+from nitsum.request import Request, SamplingParams
+from nitsum.sequence import Sequence
 
 _ids = count()
 

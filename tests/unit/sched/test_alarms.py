@@ -6,8 +6,9 @@ import random
 import tracemalloc
 import weakref
 
-from nitsum.request import Request, SamplingParams, Sequence
+from nitsum.request import Request, SamplingParams
 from nitsum.sched.alarms import Alarms
+from nitsum.sequence import Sequence
 from tests.unit.sched.kit import make_sequence
 
 

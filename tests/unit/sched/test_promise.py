@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from nitsum.cost.protocol import FixedCost
 from nitsum.plan import Group, Lane
-from nitsum.request import Sequence
 from nitsum.sched.limits import LaneLimits
 from nitsum.sched.promise import Promises
+from nitsum.sequence import Sequence
 from nitsum.step import BatchShape
 from nitsum.tier import DEFAULT_TIERS, Tier
 from tests.unit.sched.kit import make_sequence
