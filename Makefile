@@ -23,10 +23,12 @@ TORCH ?= torch==2.13.0
 
 # Clients of other projects live in an environment of their own: their pins are not ours.
 CLIENTS := .venv-clients
+# So does Nitsum with its core compiled; it borrows the other packages of $(VENV).
+COMPILED := .venv-compiled
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-alone test-processes test-gpu test-browser test-clients prove browser database check lint types format clean
+.PHONY: help serve demo compiled test test-alone test-processes test-gpu test-browser test-clients prove browser database check lint types format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +49,20 @@ serve: $(STAMP) ## Fetch the demo model and serve it (MODEL, RANKS, PORT, PLAN)
 
 demo: $(STAMP) ## Watch chats stream while the layout changes under them (MODEL, DEMO_RANKS)
 	@$(VENV)/bin/nitsum demo $(MODEL) --ranks $(DEMO_RANKS)
+
+compiled: $(COMPILED)/.installed ## Build Nitsum with its deciding core as machine code (needs a C compiler)
+	@$(COMPILED)/bin/nitsum version
+	@echo "Run $(COMPILED)/bin/nitsum in place of $(VENV)/bin/nitsum, and make compiled again after a change."
+
+# A copy, since what is compiled must not lie beside sources that change: it would be run.
+$(COMPILED)/.installed: $(STAMP) pyproject.toml setup.py deploy/wheel/core_build.py $(shell find src/nitsum -name '*.py')
+	@echo "Compiling takes two to three minutes."
+	@rm -rf build $(COMPILED)
+	@$(PY) -m venv --without-pip $(COMPILED)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(COMPILED)/lib/python*/site-packages)/borrowed.pth
+	NITSUM_COMPILE=1 $(PY) -m pip --python $(COMPILED)/bin/python install --quiet --no-deps .
+	@rm -rf build
+	@touch $@
 
 test: test-alone test-processes ## Run the tests
 
@@ -105,5 +121,5 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix src tests benchmarks
 
 clean: ## Remove the environment and all caches inside this folder
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(COMPILED) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+from nitsum.compiled import core_kind
 from nitsum.errors import MissingDependency
 
 PACKAGES = ("torch", "triton", "flashinfer-python", "safetensors", "transformers", "gguf")
@@ -87,7 +88,7 @@ def inspect_machine() -> Machine:
         cuda=cuda,
         gpus_seen_by_torch=num_seen,
         unlinked=unlinked,
-        choices=choose(packages, num_seen),
+        choices=choose(packages, num_seen) | {"deciding core": core_kind()},
     )
 
 

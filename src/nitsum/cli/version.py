@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from nitsum import __version__
+from nitsum.compiled import core_kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print versions, one a line; nothing is imported to find them."""
-    print(f"nitsum {__version__}")
+    print(f"nitsum {__version__}, core {core_kind()}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "flashinfer-python"):
         print(f"{package} {_version_of(package)}")

@@ -13,6 +13,7 @@ from nitsum.cli import COMMANDS, checkpoint, main
 from nitsum.cli.build import build_engine_config, build_plans, build_tiers, tiers_of
 from nitsum.cli.drawing import draw_plan
 from nitsum.cli.settings import CPU_KV_BYTES, PlanSettings, ServeSettings
+from nitsum.compiled import core_kind
 from nitsum.errors import CheckpointError, ConfigError
 from nitsum.metrics.targets import Targets, TierRule, save_targets
 from nitsum.plan import parse_plan
@@ -63,7 +64,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 def test_version(capsys: pytest.CaptureFixture[str]):
     assert main(["version"]) == 0
-    assert capsys.readouterr().out.startswith(f"nitsum {__version__}\n")
+    assert capsys.readouterr().out.startswith(f"nitsum {__version__}, core {core_kind()}\n")
 
 
 # --- plans ---------------------------------------------------------------------------------------
