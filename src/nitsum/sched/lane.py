@@ -14,9 +14,10 @@ from math import inf
 
 from nitsum.plan import Lane
 from nitsum.sched.alarms import Alarms
-from nitsum.sched.batch import add_decodes, add_prefills
 from nitsum.sched.composed import Composed
+from nitsum.sched.decodes import add_decodes
 from nitsum.sched.order import PrefillPace
+from nitsum.sched.prefills import add_prefills
 from nitsum.sched.queue import ReturnQueue, TierQueue
 from nitsum.sched.setting import Setting
 from nitsum.sched.share import Shares

@@ -1,7 +1,7 @@
 """How lanes on the same ranks take turns, in a switch and out of it."""
 
 from nitsum.events import StepSent, SwitchEnded
-from nitsum.sched.batch import MIN_CHUNK
+from nitsum.sched.prefills import MIN_CHUNK
 from nitsum.tier import Tier
 from tests.unit.engine.machine import Machine
 
