@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-ONE_OF_THE_CORE = "nitsum.sched.batch"
+ONE_OF_THE_CORE = "nitsum.sched.lane"
 """All of it is compiled, or nothing."""
 
 
