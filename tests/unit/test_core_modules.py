@@ -29,6 +29,10 @@ def bases(node: ast.ClassDef) -> list[str]:
     return [ast.unparse(base).split(".")[-1] for base in node.bases]
 
 
+def is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
 def test_every_module_of_the_core_exists_and_is_named_once():
     assert set(CORE) <= {module.name for module in modules()}
     assert len(set(CORE)) == len(CORE)
@@ -46,6 +50,15 @@ def test_no_class_outside_derives_from_one_of_the_core():
     core = {n.name for m in modules() if m.name in CORE for n in classes(m)}
     outside = [(m.name, n) for m in modules() if m.name not in CORE for n in classes(m)]
     assert [(name, n.name) for name, n in outside if core.intersection(bases(n))] == []
+
+
+def test_no_dataclass_of_the_core_derives_from_one_outside():
+    """What `dataclass` makes of a compiled class does not go with an interpreted base."""
+    plain = {n.name for m in modules() if m.name not in CORE for n in classes(m)}
+    plain -= {n.name for m in modules() if m.name in CORE for n in classes(m)}
+    made = [n for m in modules() if m.name in CORE for n in classes(m) if is_dataclass(n)]
+    assert made
+    assert [n.name for n in made if plain.intersection(bases(n))] == []
 
 
 # --- the build -----------------------------------------------------------------------------------

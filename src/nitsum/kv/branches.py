@@ -28,7 +28,7 @@ class Branch:
         """What it forks off from."""
         self.at = at
         """Blocks of its prefix before its first one."""
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.num_blocks = 0
         """Of this branch and of all that fork off from it."""
         self.forks: dict[int, int] = {}
