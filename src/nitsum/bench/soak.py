@@ -191,9 +191,10 @@ class _Soak:
 
 
 def make_body(options: Options, number: int, model: str) -> dict[str, Any]:
-    """Request `number`: random tokens, half of them behind one of four common prefixes."""
+    """Request `number`: random tokens, half of them behind one of four common prefixes, a third of
+    the longest prompt."""
     random = Random(f"{options.seed} {number}")
-    prefix = [17 + number % 4] * 32 if random.random() < 0.5 else []
+    prefix = [17 + number % 4] * (options.longest_prompt // 3) if random.random() < 0.5 else []
     own = random.choices(range(3, 200), k=random.randint(1, options.longest_prompt - len(prefix)))
     return {
         "model": model,

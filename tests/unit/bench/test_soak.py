@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from argparse import ArgumentParser
+from collections import Counter
 
 import httpx
 import pytest
 
 from nitsum.bench.process_memory import resident_bytes
 from nitsum.bench.soak import TIERS, Options, Result, make_body, soak
+from nitsum.cli import bench_soak
 
 
 class Server:
@@ -102,3 +105,24 @@ def test_requests_are_the_same_in_each_run_and_differ_from_each_other():
 
 def test_memory_of_this_process():
     assert resident_bytes(os.getpid()) > 10e6
+
+
+def test_prompts_are_as_long_as_asked_for_and_often_begin_alike():
+    options = Options(longest_prompt=600, longest_answer=7)
+    bodies = [make_body(options, number, "m") for number in range(400)]
+    lengths = [len(body["prompt"]) for body in bodies]
+    assert 500 < max(lengths) <= 600
+    assert max(body["max_tokens"] for body in bodies) == 7
+    heads = Counter(tuple(body["prompt"][:200]) for body in bodies if len(body["prompt"]) >= 200)
+    assert sum(count for head, count in heads.items() if count > 20) > 150
+
+
+def test_the_server_is_started_as_asked():
+    parser = ArgumentParser()
+    bench_soak.add_arguments(parser)
+    words = "m --device cuda --load-format dummy --plans TP2,2xTP1 --kv-memory 4GiB --ranks 2"
+    plain = bench_soak.serve_flags(parser.parse_args(["m"]))
+    flags = bench_soak.serve_flags(parser.parse_args(words.split()))
+    assert flags[0] == plain[0] == "m"
+    assert {*words.split()} <= {*flags}
+    assert "--plans" not in plain
