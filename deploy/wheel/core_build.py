@@ -37,6 +37,15 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     return list(REQUIRES) if is_wanted() else []
 
 
+def build_wheel(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
+    """As setuptools builds it, of what is there: it would pack what earlier builds left, too."""
+    for left in Path("build").glob("lib*"):
+        shutil.rmtree(left)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
 def build_editable(
     wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
 ) -> str:

@@ -103,7 +103,11 @@ class Following:
         ahead = self._look_ahead(src, lanes, open_lanes, max(num_blocks, AHEAD_BLOCKS))
         if ahead.common:
             room = min(self._room(src, dst) for dst in lanes)
-            return self._send_to_all(src, lanes, _take(ahead.common, min(num_blocks, room)))
+            while room and ahead.common:
+                if self._send_to_all(src, lanes, _take(ahead.common, min(num_blocks, room))):
+                    return True
+            if ahead.common:
+                return False
         if not any(ahead.queues[dst] for dst in open_lanes):
             return False
         share = -(-num_blocks // len(open_lanes))

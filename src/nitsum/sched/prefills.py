@@ -41,7 +41,7 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequen
         step.all_bear_s = min(*step.tight_s, step.others_bear_s)
     left_at = [_left_tokens(sequences) for sequences in prefills]
     most = step.most_tokens = _most_tokens(lane, step)
-    if lane.rules.slack and step.chunks:
+    if lane.rules.slack and step.chunks and not lane.queued_levels():
         step.most_tokens = min(most, _enough_tokens(lane, step, sum(left_at)))
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
@@ -185,8 +185,9 @@ def _most_tokens(lane: LaneScheduler, step: Composed) -> int:
 
 
 def _enough_tokens(lane: LaneScheduler, step: Composed, num_left: int) -> int:
-    """Positions of a step with decodes while `num_left` of prompts wait. Short steps cost little
-    (decodes read the weights anyway) and make no stream wait long; they are too slow for many."""
+    """Positions of a step with decodes while all prompts have slots and `num_left` to go. Short
+    steps cost little (decodes read the weights anyway) and make no stream wait long; they are too
+    slow for many."""
     num_decode = step.decodes.num_decode
     short = int(SHORT * lane.limits.max_mixed_tokens)
     return max(short, num_decode + max(_small_chunk(lane), ceil(num_left / FEW_STEPS)))

@@ -42,7 +42,8 @@ PLANNED_CONTEXT = 1024
 STEPS_UNDER_WAY = 2
 """The engine runs a step ahead: a new request joins the step after next."""
 LATE = 4.0
-"""Times its target by which a prompt without a promise must be through to be worth its tier."""
+"""Times what is left of its target by which a prompt without a promise must be through to be worth
+its tier."""
 ONE_DECODE = BatchShape(1, 1, 0, 0, 1)
 
 
@@ -124,7 +125,7 @@ class Promises:
         of that kind, and leave promised answers their pace."""
         level = self._level_of[tier.name]
         seconds = self._ahead_s(level) + self.through_s(num_prompt)
-        seconds += sum(entry.backlog_s for entry in self._late[: level + 1])
+        seconds += self._late[level].backlog_s
         return seconds <= LATE * slack_s and self.can_decode(tier, num_tokens)
 
     def could(self, tier: Tier, num_prompt: int, num_tokens: int, slack_s: float) -> bool:
@@ -184,15 +185,16 @@ class Promises:
     # -- inside --
 
     def _ahead_s(self, level: int) -> float:
-        """Until promised prompts of the level and those above it are through."""
+        """Until promised prompts of the level and all of those above it are through."""
         ahead_s = self._under_way_s()
-        for entry in self._levels[: level + 1]:
+        for entry in (*self._levels[: level + 1], *self._late[:level]):
             ahead_s += entry.backlog_s
         return ahead_s
 
     def _under_way_s(self) -> float:
         """The steps that run or wait to run when a request arrives."""
-        if self.lane.role == "prefill" and any(entry.pending for entry in self._levels):
+        pending = any(entry.pending for entry in (*self._levels, *self._late))
+        if self.lane.role == "prefill" and pending:
             return self._chunk_s(self._chunk_tokens())
         return 0.0 if self.period_s == inf else STEPS_UNDER_WAY * self.period_s
 

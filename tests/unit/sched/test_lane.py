@@ -19,7 +19,7 @@ from nitsum.events import (
     StepEnded,
     StepSent,
 )
-from nitsum.plan import read_plans
+from nitsum.plan import Group, read_plans
 from nitsum.tier import BATCH, DEFAULT, DEFAULT_TIERS, FLEX, PRIORITY
 from tests.unit.engine.machine import Machine
 
@@ -417,3 +417,22 @@ def test_few_prompts_beside_decodes_get_short_steps_and_many_full_ones():
     assert longest_step(2) == 32
     assert 32 < longest_step(3) < 64
     assert longest_step(8) == 64
+
+
+def test_steps_are_full_while_prompts_wait_for_a_slot_and_short_ones_say_nothing_of_the_pace():
+    machine = one_rank(num_blocks=4000, max_batch_tokens=64, max_num_seqs=3)
+    lane = machine.core.generation.loops[Group(1, 0)].scheduler
+    stream = machine.submit([1] * 4, max_tokens=200, tier="batch")
+    while machine.core.sequences[stream].num_output < 2:
+        machine.turn()
+    pace = list(lane.prefill_pace.tokens_per_s)
+    two = [machine.submit([9, i] * 50, max_tokens=1) for i in range(2)]
+    while not machine.ended.keys() >= set(two):
+        machine.turn()
+    assert lane.prefill_pace.tokens_per_s == pace, "there was room for more"
+    for i in range(12):
+        machine.submit([8, i] * 10, max_tokens=1)
+    num_before = len(machine.log.events)
+    machine.drain()
+    steps = [e for e in machine.log.events[num_before:] if isinstance(e, StepSent)]
+    assert max(e.num_decode + e.prefill_tokens for e in steps) > 32

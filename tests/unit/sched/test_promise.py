@@ -147,3 +147,32 @@ def test_a_machine_that_is_too_slow_could_not_even_when_idle():
     slow = Promises(LANE, DEFAULT_TIERS, FixedCost(0.2, 1e-3), LaneLimits(8, 512, 512), 1000)
     assert not slow.could(PRIORITY, 8, 20, 0.3)
     assert make_promises().could(PRIORITY, 8, 20, 0.3)
+
+
+def test_late_prompts_are_before_lower_tiers_and_behind_their_own_until_they_are_through():
+    promises = make_promises()
+    chunk = promises._chunk_tokens()
+    late = make_sequence()
+    assert not promises.can(PRIORITY, 8 * chunk, 20, 0.3)
+    assert promises.can_late(PRIORITY, 8 * chunk, 20, 0.3)
+    promises.add_late(late, PRIORITY, 8 * chunk, 20)
+    assert promises.can(PRIORITY, chunk, 20, 0.3), "it does not wait behind a late one"
+    assert promises.can_late(PRIORITY, 13 * chunk, 20, 0.3)
+    assert not promises.can_late(PRIORITY, 15 * chunk, 20, 0.3), "of 24 periods, 2 are under way"
+    assert promises.can(DEFAULT, 29 * chunk, 20, 2.0)
+    assert not promises.can(DEFAULT, 31 * chunk, 20, 2.0)
+    promises.prefilled(late)
+    assert promises.can_late(PRIORITY, 21 * chunk, 20, 0.3)
+    assert promises.can(DEFAULT, 37 * chunk, 20, 2.0)
+    assert promises.num_promised == 1, "its answer has its place among the decodes"
+    promises.remove(late)
+    assert promises.num_promised == 0
+
+
+def test_a_prefill_lane_counts_late_prompts_as_under_way():
+    limits = LaneLimits(64, 512, 512)
+    lane = Lane(Group(1, 0), "prefill")
+    promises = Promises(lane, DEFAULT_TIERS, COST, limits, 100_000)
+    assert promises.can(PRIORITY, 500, 500, 0.1)
+    promises.add_late(make_sequence(), PRIORITY, 2000, 2000)
+    assert not promises.can(PRIORITY, 500, 500, 0.1)
