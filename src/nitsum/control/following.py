@@ -206,9 +206,7 @@ class Following:
                 kv.evict(block)
         fresh = [block for block in blocks if block.hash is not None]
         if fresh:
-            transfer = Transfer(
-                kv, src, dst, evicts=False
-            )  # who would make way is to follow as well
+            transfer = Transfer(kv, src, dst, evicts=False)  # who made way would have followed, too
             self._num_blocks += transfer.reserve(fresh)
             self.courier.send_final(transfer.copy(len(transfer.blocks)))
             transfer.settle()

@@ -30,7 +30,7 @@ from nitsum.events import AnyEvent, Downgraded, EventSink, Evicted, Routed
 from nitsum.kv.cache import ArenaShape, KvCache
 from nitsum.messages import SwitchReport
 from nitsum.plan import Group, Lane, Plan
-from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, check_queue, no_capacity
+from nitsum.sched.admission import OVER_CAPACITY, Admission, Route, Weighed, check_queue
 from nitsum.sched.chains import ChainBook
 from nitsum.sched.composed import Preemption
 from nitsum.sched.estimate import Estimator
@@ -119,23 +119,26 @@ class Generation:
         tier = self.tiers[sequence.tier]
         waiting = self.setting.accounts_of(self.setting.level(sequence))
         check_queue(tier, waiting, len(sequence.tokens))
-        route = self.admission.route(sequence, self.switcher.plan)
+        weighed = self.admission.weigh(sequence, self.switcher.plan)
+        route = self.admission.best(weighed)
         if not route.promised and self.setting.rules.admits and tier.over_capacity != "queue":
-            route = self._over_capacity(sequence, tier, route)
+            route = self._over_capacity(sequence, tier, weighed, route)
         self._enqueue(sequence, route)
 
-    def _over_capacity(self, sequence: Sequence, tier: Tier, route: Route) -> Route:
+    def _over_capacity(
+        self, sequence: Sequence, tier: Tier, weighed: Weighed, route: Route
+    ) -> Route:
         """No lane can promise it. A lane that could not if it were idle is no reason: then the
         machine is too slow for the tier's targets, and order is all the tier still means."""
-        admission, plan = self.admission, self.switcher.plan
-        if not admission.is_overloaded(sequence, plan):
+        admission = self.admission
+        if not admission.is_overloaded(weighed):
             return route
         if tier.over_capacity == "refuse":
-            raise no_capacity(tier, admission.retry_after_s(sequence, plan))
+            raise admission.refusal(weighed)
         lower = self.tiers.below(tier)
         if lower is None:
             return route
-        if (late := admission.route_late(sequence, plan)) is not None:
+        if (late := admission.best_late(weighed)) is not None:
             return late
         sequence.tier, sequence.tier_reason = lower.name, OVER_CAPACITY
         self.emit(
@@ -147,7 +150,7 @@ class Generation:
                 reason=OVER_CAPACITY,
             )
         )
-        return admission.route(sequence, plan)
+        return admission.route(sequence, self.switcher.plan)
 
     def route(self, sequence: Sequence) -> None:
         """Queue a sequence that is in already, but without KV on the device."""

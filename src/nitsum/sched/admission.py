@@ -82,6 +82,14 @@ class _Offer(NamedTuple):
         return self.before_s + self.then_before_s + self.work.total_s
 
 
+class Weighed(NamedTuple):
+    """What lanes offer a request, worked out once for all that is asked about it on its arrival."""
+
+    asking: _Asking
+    offers: list[_Offer]
+    """The best first."""
+
+
 _make_offer: Callable[[tuple[float, int, int, Lane, Work, float, Lane | None, float]], _Offer] = (
     partial(
         tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
@@ -128,28 +136,36 @@ class Admission:
 
     def route(self, sequence: Sequence, plan: Plan) -> Route:
         """The best lane for a request in the tier it is served as."""
+        return self.best(self.weigh(sequence, plan))
+
+    def weigh(self, sequence: Sequence, plan: Plan) -> Weighed:
+        """What every lane that takes requests of its tier would be to it, as the books are now."""
         asking = self._ask(sequence)
-        offers = self._offers(asking, plan)
+        return Weighed(asking, self._offers(asking, plan))
+
+    def best(self, weighed: Weighed) -> Route:
+        """The best lane that can promise it, or else the best one."""
+        asking, offers = weighed
         if self.setting.rules.admits:
             for offer in offers:
                 if self._can(asking, offer):
                     return Route(offer.lane, offer.work, True, offer.then)
         return Route(offers[0].lane, offers[0].work, False, offers[0].then)
 
-    def route_late(self, sequence: Sequence, plan: Plan) -> Route | None:
+    def best_late(self, weighed: Weighed) -> Route | None:
         """The best lane that would serve it a little late; None: it would be far too late in all,
         or keep promised answers from their pace."""
-        asking = self._ask(sequence)
+        asking, offers = weighed
         if asking.tier.deadline_s is None:
-            for offer in self._offers(asking, plan):
+            for offer in offers:
                 if self._can(asking, offer, late=True):
                     return Route(offer.lane, offer.work, False, offer.then, late=True)
         return None
 
-    def is_overloaded(self, sequence: Sequence, plan: Plan) -> bool:
+    def is_overloaded(self, weighed: Weighed) -> bool:
         """Whether load is what keeps lanes from promising it: idle, one of them could."""
-        asking = self._ask(sequence)
-        return any(self._could(asking, offer) for offer in self._offers(asking, plan))
+        asking, offers = weighed
+        return any(self._could(asking, offer) for offer in offers)
 
     def add(self, sequence: Sequence, route: Route) -> None:
         """The request stands in the lane's books from now on."""
@@ -194,11 +210,12 @@ class Admission:
             if promises is not None:
                 promises.remove(sequence)
 
-    def retry_after_s(self, sequence: Sequence, plan: Plan) -> float:
-        """When enough of the work before a deadline request will be done; at least a second."""
-        asking = self._ask(sequence)
-        offers = self._offers(asking, plan)
-        return max(1.0, min(offer.done_s for offer in offers) - asking.slack_s)
+    def refusal(self, weighed: Weighed) -> ApiError:
+        """For a tier that is refused over capacity: to be tried again when enough of the work
+        before it will be done, after a second at least."""
+        asking, offers = weighed
+        done_s = min(offer.done_s for offer in offers)
+        return no_capacity(asking.tier, max(1.0, done_s - asking.slack_s))
 
     def forget_prices(self) -> None:
         """The cost model has learned."""
