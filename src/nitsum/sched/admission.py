@@ -135,8 +135,13 @@ class Admission:
     # -- requests --
 
     def route(self, sequence: Sequence, plan: Plan) -> Route:
-        """The best lane for a request in the tier it is served as."""
-        return self.best(self.weigh(sequence, plan))
+        """The best lane for a request in the tier it is served as. One that had a promise, or kept
+        its tier without, is in the books of a lane that cannot promise it as a late one."""
+        weighed = self.weigh(sequence, plan)
+        route = self.best(weighed)
+        if not route.promised and (sequence.promised or sequence.late):
+            return self.best_late(weighed) or route
+        return route
 
     def weigh(self, sequence: Sequence, plan: Plan) -> Weighed:
         """What every lane that takes requests of its tier would be to it, as the books are now."""

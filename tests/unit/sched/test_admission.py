@@ -74,6 +74,21 @@ def test_priority_that_comes_in_a_burst_keeps_its_tier_while_it_is_hardly_late()
     assert max(requests[i].ttft_s for i in late) <= LATE * PRIORITY.ttft_s
 
 
+def test_late_ones_stay_in_the_books_when_workers_start_anew():
+    """Else newcomers would be promised the time that the late ones need."""
+    machine = machine_of(num_blocks=8000, max_num_seqs=64, max_batch_tokens=512)
+    for i in range(60):
+        machine.submit([i, 1] * 100, max_tokens=6, tier="priority")
+    machine.executor.dying = True
+    before = machine.core.generation
+    while machine.core.generation is before:
+        machine.turn()
+    urgent = [s for s in machine.core.sequences.values() if s.tier == "priority"]
+    assert any(s.late for s in urgent)
+    assert all(s.promised or s.late for s in urgent)
+    machine.drain()
+
+
 def test_late_answers_take_no_more_places_than_keep_everybodys_pace():
     machine = machine_of(cost=FixedCost(0.005, 0.005), max_num_seqs=64, max_batch_tokens=64)
     for i in range(30):
