@@ -73,6 +73,39 @@ def test_a_served_run_replayed_under_the_same_conditions_shows_no_error():
     assert pair_figures(pairs)["sim_error_ttft_p99"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_requests_that_were_not_answered_in_time_are_load_all_the_same():
+    """Left out, the simulated machine would have had less to do than the served one."""
+    system = small_system("TP2", prefix_cache=False)
+    items = [item(f"r{i}", 0.001 * i, 64, 8) for i in range(60)]
+    whole = simulate(system, items).recorder
+    served = simulate(system, items).recorder
+    for number in range(30, 60):  # the run was ended before these had
+        record = served.requests[f"r{number}"]
+        record.outcome = "abort" if number % 2 else "unfinished"
+        del record.token_times[number // 10 :]
+        if number % 3 == 0:
+            del record.token_times[:]
+    again = simulate(system, items_of(served)).recorder
+    assert set(again.requests) == set(whole.requests)
+    assert again.requests["r29"].ttft_s == pytest.approx(whole.requests["r29"].ttft_s, abs=0.002)
+    assert again.requests["r35"].num_output == 3  # as far as it came
+    assert again.requests["r33"].num_output == 8  # nothing is known of it but its bound
+    *times, goodput = compare(served, again)
+    assert {pair.num_samples for pair in times} == {30}
+    assert goodput.num_samples == 45  # what clients broke off is nobody's success or failure
+
+
+def test_goodput_counts_requests_that_only_the_twin_answered_as_missed():
+    items = [item(f"r{i}", float(i), 64, 8) for i in range(8)]
+    system = small_system("TP2", prefix_cache=False)
+    held = Targets(source="t", prefill=[(1, 9.9), (2, 9.9)], tiers={"default": TierRule(9.9, 9.9)})
+    served, twin = (simulate(system, items, targets=held).recorder for _ in range(2))
+    served.requests["r3"].outcome = "unfinished"
+    goodput = compare(served, twin)[-1]
+    assert goodput.num_samples == 8
+    assert goodput.simulated / goodput.served == pytest.approx(8 / 7)
+
+
 def test_a_slower_machine_shows_as_an_error():
     fast = small_system("TP2", prefix_cache=False)
     items = [item(f"r{i}", float(i), 64, 8) for i in range(8)]

@@ -54,6 +54,7 @@ class RequestRecord:
     tier_served: str
     arrival_s: float
     num_prompt: int = 0
+    max_tokens: int = 0
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     deadline_s: float | None = None
@@ -250,6 +251,7 @@ class Recorder:
             tier_served=event.tier,
             arrival_s=event.arrival_s,
             num_prompt=event.num_prompt,
+            max_tokens=event.max_tokens,
             ttft_target_s=event.ttft_target_s,
             tpot_target_s=event.tpot_target_s,
             deadline_s=event.deadline_s,

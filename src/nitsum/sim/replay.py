@@ -22,22 +22,25 @@ Twins = tuple[RequestRecord, RequestRecord]
 
 
 def items_of(run: Recorder) -> Iterator[WorkItem]:
-    """The answered requests of a served run, at the times at which they arrived, from 0 on.
+    """The requests of a served run, at the times at which they arrived, from 0 on.
 
-    Raises `ConfigError` when there is none.
+    Raises `ConfigError` when none was answered.
 
-    Events do not say whose prefix a request shared. All that found something cached share one
-    prefix here, so that as many tokens need no computing once it is warm.
+    An answer that was broken off is as long as it came. One that had not begun is as long as it
+    could have been, but no longer than the longest of the run. Events do not say whose prefix a
+    request shared: all that found something cached share one prefix here, so that as many tokens
+    need no computing once it is warm.
     """
-    records = sorted((r for r in run.requests.values() if r.is_answered), key=_arrival)
-    if not records:
+    records = sorted(run.requests.values(), key=_arrival)
+    longest = max((record.num_output for record in records if record.is_answered), default=0)
+    if not longest:
         raise ConfigError("No request of the served run was answered: nothing to compare with.")
     start_s = records[0].arrival_s
     for record in records:
         yield WorkItem(
             request_id=record.request_id,
             at_s=record.arrival_s - start_s,
-            num_output=record.num_output,
+            num_output=record.num_output or min(record.max_tokens, longest),
             tier=record.tier_asked,
             tenant=record.tenant,
             segments=_segments(record),
@@ -81,23 +84,22 @@ def compare(
     targets: Targets | None = None,
     warmup_s: float = 0.0,
 ) -> list[Pair]:
-    """P50 and P99 of TTFT and TPOT over the requests that both answered, and goodput.
+    """P50 and P99 of TTFT and TPOT over the requests that both answered, and goodput of all.
 
     Arrivals of the first `warmup_s` are left out. Without targets, both are judged by what the
     served requests were held to, and goodput is left out where that is nothing.
     """
     window = arrival_window(list(served.requests.values()), warmup_s)
-    both = [
+    twins = [
         (record, twin)
         for record in judged(list(served.requests.values()), window)
         if (twin := simulated.requests.get(record.request_id)) is not None
-        and record.is_answered
-        and twin.is_answered
     ]
-    return [*_times(both), *_goodput(both, targets, window.length_s)]
+    return [*_times(twins), *_goodput(twins, targets, window.length_s)]
 
 
-def _times(both: Sequence[Twins]) -> Iterator[Pair]:
+def _times(twins: Sequence[Twins]) -> Iterator[Pair]:
+    both = [pair for pair in twins if all(record.is_answered for record in pair)]
     for name in ("ttft", "tpot"):
         for share in (0.5, 0.99):
             left = _sorted(getattr(record, f"{name}_s") for record, _ in both)
@@ -107,14 +109,14 @@ def _times(both: Sequence[Twins]) -> Iterator[Pair]:
                 yield Pair(f"{name}_p{share * 100:.0f}_s", len(left), *figures)
 
 
-def _goodput(both: Sequence[Twins], targets: Targets | None, length_s: float) -> Iterator[Pair]:
+def _goodput(twins: Sequence[Twins], targets: Targets | None, length_s: float) -> Iterator[Pair]:
     """Judged alike: what the simulated twin was held to does not count."""
     held = own_target if targets is None else targets.of_record
-    asked = [(record, twin, held(record)) for record, twin in both]
+    asked = [(record, twin, held(record)) for record, twin in twins]
     if length_s > 0 and any(target != Target() for _, _, target in asked):
         mine = sum(met(record, target) for record, _, target in asked)
         theirs = sum(met(twin, target) for _, twin, target in asked)
-        yield Pair("goodput_per_s", len(both), mine / length_s, theirs / length_s)
+        yield Pair("goodput_per_s", len(twins), mine / length_s, theirs / length_s)
 
 
 def _sorted(values: Iterable[float | None]) -> list[float]:
