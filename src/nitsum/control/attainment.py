@@ -10,11 +10,15 @@ from nitsum.control.load import TierLoad
 
 STEPS_BEFORE = 1.5
 """Steps under way that a new request waits for: one runs, one may be queued behind it."""
-SLACK_ORDER = 0.4
+SLACK_ORDER = 0.15
 """Waits against those of first come first served: requests with the least slack go first, and
-targets grow with prompts, so few wait long. Calibrated on simulated static layouts."""
+targets grow with prompts, so few wait long."""
 SHED_AT = 0.9
 """In overload requests that are late anyway give way, so those in time see a queue like this."""
+SHARING = 4
+"""How late in filling a lane a prompt is slowed down to the pace that answers leave it: with the
+share of time that the lane works to this power. This and `SLACK_ORDER` are calibrated on simulated
+static layouts (`benchmarks/score_error.py`)."""
 
 
 class Queue(NamedTuple):
@@ -39,10 +43,10 @@ def attained(load: TierLoad, alone: list[float], queue: Queue) -> tuple[float, f
     before_s = STEPS_BEFORE * queue.step_s * busy
     met = p99 = 0.0
     for (prompt_tokens, ttft_s), own_s in zip(load.probes, alone, strict=True):
-        # On a busy lane a prompt goes at the pace that the step bound leaves.
+        # On a full lane a prompt goes at the pace that the step bound leaves.
         shared_s = service_s * prompt_tokens / load.prompt_tokens
         if shared_s > own_s:
-            own_s += (shared_s - own_s) * busy
+            own_s += (shared_s - own_s) * busy**SHARING
         if own_s > p99:
             p99 = own_s
         if ttft_s is None:

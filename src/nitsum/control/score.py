@@ -30,8 +30,9 @@ from nitsum.control.load import Load, TierLoad
 from nitsum.control.steps import StepTimes
 from nitsum.plan import Plan, Role
 
-FULL = 0.98
-"""Utilisation above which a queue counts as growing without end."""
+IN_OVERLOAD = 1.06
+"""Of a capacity that may be in time: what gives way in overload are long requests, and steps come
+up to the target. Calibrated with `attainment.py`."""
 BOUND_SHARE = 0.95
 """Of a target that the mean step may take, so that most requests stay below the target."""
 DECODE_PATIENCE_S = 3600.0
@@ -76,7 +77,6 @@ class TierScore(NamedTuple):
     tier: str
     rate_per_s: float
     """Arrivals, those that wait already spread over the horizon."""
-    served_per_s: float
     feasible_per_s: float
     """Of these, requests that meet their targets."""
     utilisation: float
@@ -246,7 +246,7 @@ class _Filling:
         if total <= 0.0 or rate <= 0.0:
             slow = next((c.bound for c in capacities if not c.rate_per_s), "no lane")
             bound = slow if total <= 0.0 else ""
-            return TierScore(load.tier, rate, 0.0, 0.0, 1.0 if rate else 0.0, 0.0, 0.0, bound)
+            return TierScore(load.tier, rate, 0.0, 1.0 if rate else 0.0, 0.0, 0.0, bound)
         share = rate / total
         feasible = ttft = tpot = 0.0
         for c, capacity, room, of_class in zip(places, capacities, left, rates, strict=True):
@@ -255,7 +255,7 @@ class _Filling:
             step_s = self._mean_step(c, capacity, share)
             met, ttft_s = self._attained(c, load, capacity, room, share, step_s)
             served = rate * of_class / total
-            feasible += min(served, of_class * FULL) * met
+            feasible += min(served, of_class * IN_OVERLOAD) * met
             ttft, tpot = max(ttft, ttft_s), max(tpot, step_s)
             self._use(c, load, capacity, room * min(1.0, share), served)
             if self._hands(c):
@@ -264,7 +264,6 @@ class _Filling:
         return TierScore(
             load.tier,
             rate,
-            min(rate, total),
             feasible,
             max(self.used[c] for c in places),
             ttft,
