@@ -95,6 +95,23 @@ def test_requests_that_were_not_answered_in_time_are_load_all_the_same():
     assert goodput.num_samples == 45  # what clients broke off is nobody's success or failure
 
 
+def test_errors_are_told_by_tier_too_where_there_are_several():
+    """Latencies of all together are those of the tier that waits longest."""
+    system = small_system("TP2", prefix_cache=False)
+    tiers = ("priority", "default")
+    items = [item(f"r{i}", 0.01 * i, 64, 8, tier=tiers[i % 2]) for i in range(40)]
+    served, twin = (simulate(system, items).recorder for _ in range(2))
+    for record in twin.requests.values():
+        if record.tier_asked == "default":
+            shifted = (time_s + 1.0 for time_s in record.token_times)
+            record.token_times = type(record.token_times)("d", shifted)
+    errors = {pair.name: pair.error for pair in compare(served, twin)}
+    assert errors["priority_ttft_p99_s"] == 0.0
+    assert errors["default_ttft_p99_s"] > 0.5
+    assert errors["ttft_p99_s"] > 0.5
+    assert {pair.num_samples for pair in compare(served, twin)} == {20, 40}
+
+
 def test_goodput_counts_requests_that_only_the_twin_answered_as_missed():
     items = [item(f"r{i}", float(i), 64, 8) for i in range(8)]
     system = small_system("TP2", prefix_cache=False)

@@ -84,7 +84,8 @@ def compare(
     targets: Targets | None = None,
     warmup_s: float = 0.0,
 ) -> list[Pair]:
-    """P50 and P99 of TTFT and TPOT over the requests that both answered, and goodput of all.
+    """P50 and P99 of TTFT and TPOT over the requests that both answered, and goodput of all; then
+    the same of each tier that was asked for, where there are several.
 
     Arrivals of the first `warmup_s` are left out. Without targets, both are judged by what the
     served requests were held to, and goodput is left out where that is nothing.
@@ -95,7 +96,16 @@ def compare(
         for record in judged(list(served.requests.values()), window)
         if (twin := simulated.requests.get(record.request_id)) is not None
     ]
-    return [*_times(twins), *_goodput(twins, targets, window.length_s)]
+    by_tier: dict[str, list[Twins]] = {}
+    for pair in twins:
+        by_tier.setdefault(f"{pair[0].tier_asked}_", []).append(pair)
+    if len(by_tier) == 1:
+        by_tier.clear()
+    return [
+        each._replace(name=f"{prefix}{each.name}")
+        for prefix, some in [("", twins), *sorted(by_tier.items())]
+        for each in (*_times(some), *_goodput(some, targets, window.length_s))
+    ]
 
 
 def _times(twins: Sequence[Twins]) -> Iterator[Pair]:
