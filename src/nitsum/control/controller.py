@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from nitsum.control.classes import Shape
 from nitsum.control.forecast import Arrivals, Forecast, waiting_by_tier
 from nitsum.control.load import Load, TierLoad
 from nitsum.control.outcomes import Outcomes
+from nitsum.control.price import Held, SwitchPrice
 from nitsum.control.score import PlanScore, Scorer
 from nitsum.cost.protocol import CostModel
 from nitsum.events import (
@@ -39,21 +40,10 @@ from nitsum.events import (
     SwitchEnded,
     TierObserved,
 )
-from nitsum.plan import Group, Plan, PlanSet
+from nitsum.plan import Plan, PlanSet
 from nitsum.tier import TierSet
 
 MAX_REMEMBERED = 256
-FIRST_SWITCH_FACTOR = 5.0
-"""Switches take longer than their copies: every message waits for the steps before it. What they
-really take replaces this guess."""
-
-
-class Held(NamedTuple):
-    """KV that a lane holds, and by how many sequences."""
-
-    group: Group
-    num_sequences: int
-    num_tokens: int
 
 
 class View(Protocol):
@@ -164,7 +154,6 @@ class Controller:
     ) -> None:
         self.rules = rules or Rules()
         self.scorer = scorer
-        self.cost = cost
         self.arrivals = Arrivals(tiers, forecast=self.rules.forecast)
         self.outcomes = Outcomes()
         self.shapes = {plan.name: Shape.of(plan) for plan in plans.plans}
@@ -174,10 +163,8 @@ class Controller:
         self.dwell_s = self.rules.expected_dwell_s
         self.trust: dict[str, float] = {}
         """Realised over predicted goodput of plans that were in force; 1 where none was."""
-        self.switch_factor = FIRST_SWITCH_FACTOR
-        """Realised over predicted duration of switches."""
+        self.price = SwitchPrice(cost, scorer.steps, plans.num_ranks)
         self._switch_times: deque[float] = deque()
-        self._switch_predicted_s = 0.0
         self._dwelling_since_s: float | None = None
         self._ended_s = float("-inf")
         self._look_s = self._window_s = float("-inf")
@@ -206,10 +193,7 @@ class Controller:
 
     def _switch_ended(self, event: SwitchEnded) -> None:
         self._ended_s = event.at_s
-        if self._switch_predicted_s > 0.0:
-            ratio = min(10.0, max(0.1, event.duration_s / self._switch_predicted_s))
-            self.switch_factor += 0.3 * (ratio - self.switch_factor)
-            self._switch_predicted_s = 0.0
+        self.price.ended(event.duration_s)
 
     # -- deciding --
 
@@ -304,20 +288,7 @@ class Controller:
         return ""
 
     def _price(self, view: View, target: Plan) -> float:
-        """Seconds of the machine's time that a switch takes, as far as switches were as predicted.
-
-        What is moved is copied once, all ranks at work; every wave holds its requests for a few
-        steps, and until the last wave old and new lanes take turns.
-        """
-        staying = set(target.groups)
-        moving = [held for held in view.held() if held.group not in staying]
-        num_ranks = self.plans.num_ranks
-        num_bytes = sum(held.num_tokens for held in moving) * view.token_bytes
-        copy_s = self.cost.move_time(num_bytes // num_ranks) if num_bytes else 0.0
-        steps = self.scorer.steps
-        step_s = max(steps.seconds(d, 8.0, 8192.0, 0.0, 0.0) for d in steps.degrees)
-        num_waves = max((-(-held.num_sequences // 32) for held in moving), default=0)
-        return (copy_s + 3 * num_waves * step_s) * self.switch_factor
+        return self.price.seconds(view.held(), target, view.token_bytes)
 
     def _go(self, view: View, now: float, decided: PlanDecided) -> None:
         self._judge(view, now)
@@ -327,7 +298,7 @@ class Controller:
             self.dwell_s += 0.3 * (stay_s - self.dwell_s)
         self._dwelling_since_s = now
         self._switch_times.append(now)
-        self._switch_predicted_s = self._price(view, self.plans[decided.chosen])
+        self.price.began(view.held(), self.plans[decided.chosen], view.token_bytes)
         self._agreed = ("", 0)
         view.go_to(f"decision-{decided.decision}", decided.chosen, decided.reason)
 
@@ -353,7 +324,8 @@ class Controller:
         return decided
 
     def _judge(self, view: View, now: float) -> None:
-        """Score the plans again on what arrived since the decisions in `_open`."""
+        """Score the plans again on what arrived since the decisions in `_open`. What a plan had in
+        time while it took over, from one that was too slow perhaps, says little about it."""
         decided, self._open = self._open, self._open[-1:]
         start_s = decided[0].at_s
         load = self.arrivals.load_between(start_s, now)
@@ -374,7 +346,8 @@ class Controller:
             realised_per_s=self.outcomes.take_met() / (now - start_s),
             duration_s=now - start_s,
         )
-        if judged.duration_s >= self.rules.judge_s / 3:
+        had_settled = start_s >= self._ended_s + self.rules.min_dwell_s
+        if had_settled and judged.duration_s >= self.rules.judge_s / 3:
             self._learn(chosen, judged.predicted_per_s, judged.realised_per_s)
         self.recent.append(judged)
         view.emit(judged)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nitsum.config import EngineConfig
-from nitsum.control.controller import Controller, Held, Rules
+from nitsum.control.controller import Controller, Rules
+from nitsum.control.price import Held
 from nitsum.control.decisions import words
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes

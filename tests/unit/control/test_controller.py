@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from nitsum.control.controller import Controller, Held, Rules
+from nitsum.control.controller import Controller, Rules
 from nitsum.control.decisions import summary, told, words
 from nitsum.control.load import by_level
+from nitsum.control.price import Held
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import FixedCost
@@ -59,6 +60,8 @@ class World:
     events: list[AnyEvent] = field(default_factory=list[AnyEvent])
     moves: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     num_requests: int = 0
+    late: tuple[float, float] = (0.0, 0.0)
+    """From when to when requests arrive that are answered too late."""
 
     def now(self) -> float:
         return self.at_s
@@ -109,8 +112,10 @@ class World:
                 tpot_target_s=tpot_s,
             )
         )
+        is_late = self.late[0] <= self.at_s < self.late[1]
+        first_s = self.at_s + (2.0 * ttft_s if is_late else 0.0)
         ended = StepEnded(
-            at_s=self.at_s, step_id=1, group=Group(1, 0), seconds=0.01, tokens=[(name, 1)]
+            at_s=first_s, step_id=1, group=Group(1, 0), seconds=0.01, tokens=[(name, 1)]
         )
         self.emit(ended)
         self.emit(
@@ -185,6 +190,18 @@ def test_a_plan_that_was_never_in_force_is_trusted_like_the_others():
     scores = {name: judge._score(name, load).value for name in ("TP2", "2xTP1")}
     plain = {name: judge.scorer.score(judge.shapes[name], load).value for name in scores}
     assert scores == {name: pytest.approx(0.5 * value) for name, value in plain.items()}
+
+
+def test_a_plan_is_not_blamed_for_what_it_took_over():
+    """Everything is late for some seconds after a switch, as it would be in any plan."""
+    world = World(controller(), late=(40.0, 55.0))
+    world.run(40.0, 3.0, True)
+    world.run(95.0, 45.0, False, seed=1)
+    assert [plan for _, plan in world.moves] == ["2xTP1"]
+    judged = [event for event in world.events if isinstance(event, PlanJudged)]
+    taking_over = next(each for each in judged if each.plan == "2xTP1")
+    assert taking_over.realised_per_s < 0.9 * taking_over.predicted_per_s
+    assert world.controller.trust.get("2xTP1", 1.0) == 1.0
 
 
 def test_a_dear_switch_is_not_made():

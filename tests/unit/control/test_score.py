@@ -125,7 +125,9 @@ def test_little_kv_bounds_a_lane():
     load = (tier_load("batch", 100.0),)
     found = scorer(kv_tokens=2000.0).score(parse_plan("8xTP1", 8), load).tiers[0]
     assert found.bound == "kv"
-    assert found.feasible_per_s < scorer().score(parse_plan("8xTP1", 8), load).tiers[0].feasible_per_s
+    assert (
+        found.feasible_per_s < scorer().score(parse_plan("8xTP1", 8), load).tiers[0].feasible_per_s
+    )
 
 
 def test_lanes_that_share_ranks_share_their_time():
