@@ -41,6 +41,8 @@ class Routed(Event, frozen=True, kw_only=True):
     group: Group
     promised: bool
     """False: best effort, outside what the lane can promise."""
+    late: bool = False
+    """It has no promise and was taken in its tier all the same: it will be hardly late."""
 
 
 class Refused(Event, frozen=True, kw_only=True):

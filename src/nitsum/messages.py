@@ -132,6 +132,8 @@ class Output(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     tier: str = "default"
     reason: str | None = None
     """Why the tier it is served as is not the one it asked for."""
+    late: bool = False
+    """It was taken in that tier without a promise: it will be hardly late."""
     plan: str = ""
     lane: str = ""
     """Where it is: during a switch, a lane being emptied belongs to the old plan."""

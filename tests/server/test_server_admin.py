@@ -255,6 +255,13 @@ def test_metrics_of_downgrades(checkpoint: Path) -> None:
     assert value(bench, "nitsum:downgrades_total", reason="over capacity by # requests") == 1
 
 
+def test_metrics_of_requests_taken_without_a_promise(checkpoint: Path) -> None:
+    bench = Bench(checkpoint, FakeEngineClient(late=True)).says("x y z")
+    bench.chat(service_tier="priority")
+    assert value(bench, "nitsum:late_requests_total", tier="priority") == 1
+    assert not any(name == "nitsum:downgrades_total" for name, _ in series(bench))
+
+
 def test_metrics_of_the_engine_and_its_switches(plans_bench: Bench) -> None:
     bench = plans_bench
     bench.post("/admin/plans/switch", {"plan": "TP4", "op_id": "op-1"})

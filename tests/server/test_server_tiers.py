@@ -67,6 +67,16 @@ def test_a_downgrade_says_so(checkpoint: Path, stream: bool) -> None:
     assert bench.sent.tier_asked == "priority"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_a_promise_says_so(checkpoint: Path, stream: bool) -> None:
+    bench = Bench(checkpoint, FakeEngineClient(late=True)).says("x")
+    response = bench.chat(service_tier="priority", stream=stream)
+    assert response.headers["x-nitsum-late"] == "true"
+    assert "x-nitsum-reason" not in response.headers
+    body = events_of(response)[0] if stream else response.json()
+    assert body["service_tier"] == "priority"
+
+
 def test_one_downgraded_answer_of_two_is_not_called_priority(checkpoint: Path) -> None:
     engine = FakeEngineClient(
         tier=lambda r: ("default" if r.request_id.endswith("1") else "priority", None)
@@ -90,7 +100,7 @@ def test_headers_of_the_response(bench: Bench, stream: bool) -> None:
     assert headers["x-nitsum-lane"] == "TP1@0"
     assert headers["x-nitsum-queue-ms"] == "2"
     assert int(headers["openai-processing-ms"]) >= 0
-    assert "x-nitsum-reason" not in headers
+    assert not {"x-nitsum-reason", "x-nitsum-late"} & set(headers)
 
 
 def test_request_ids(bench: Bench) -> None:

@@ -35,6 +35,7 @@ class FakeEngineClient:
         delay_s: float = 0.0,
         tokens_per_output: int = 1,
         tier: Callable[[Request], tuple[str, str | None]] = lambda request: (request.tier, None),
+        late: bool = False,
         refuse: Callable[[Request], Output | None] = lambda request: None,
         num_cached: int = 0,
     ) -> None:
@@ -50,6 +51,7 @@ class FakeEngineClient:
         self._plan = self._plans[0]
         self._tokens_per_output = tokens_per_output
         self._tier = tier
+        self._late = late
         self._refuse = refuse
         self._num_cached = num_cached
         self._running: set[str] = set()
@@ -117,6 +119,7 @@ class FakeEngineClient:
             logprobs=_logprobs(tokens, request.sampling.logprobs),
             tier=tier,
             reason=why,
+            late=self._late,
             plan=self._plan,
             lane=str(Group(1, 0)),
             hidden=hidden_of(request) if request.sampling.return_hidden else None,

@@ -158,11 +158,10 @@ class Generation:
         self._enqueue(sequence, self.admission.route(sequence, self.switcher.plan))
 
     def _enqueue(self, sequence: Sequence, route: Route) -> None:
-        tier = self.tiers[sequence.tier]
         sequence.promised, sequence.late = route.promised, route.late
         if self.setting.rules.slack:
             deadline_s = self.memory.chains.deadline_s(sequence.request)
-            set_targets(sequence, tier, route.work, deadline_s)
+            set_targets(sequence, self.tiers[sequence.tier], route.work, deadline_s)
         self.admission.add(sequence, route)
         self.loops[route.lane.group].scheduler.add(sequence)
         self.emit(
@@ -171,6 +170,7 @@ class Generation:
                 request_id=sequence.request_id,
                 group=route.lane.group,
                 promised=route.promised,
+                late=route.late,
             )
         )
 

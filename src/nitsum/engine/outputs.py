@@ -79,6 +79,7 @@ class Outbox:
                 hidden=hidden,
                 tier=sequence.tier,
                 reason=sequence.tier_reason,
+                late=sequence.late,
                 plan=plan,
                 lane="" if group is None else group.name,
                 num_cached=sequence.num_cached,

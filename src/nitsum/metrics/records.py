@@ -64,6 +64,8 @@ class RequestRecord:
     refused_code: str | None = None
     downgrade_reason: str | None = None
     promised: bool = True
+    late: bool = False
+    """Kept its tier without a promise."""
     started_s: float | None = None
     finished_s: float | None = None
     num_cached: int = 0
@@ -265,8 +267,7 @@ class Recorder:
             event.request_id,
             RequestRecord(event.request_id, "", event.tier, event.tier, event.at_s),
         )
-        record.outcome = "refused"
-        record.refused_code = event.code
+        record.outcome, record.refused_code = "refused", event.code
         record.finished_s = event.at_s
 
     def _request_goes_on(
@@ -285,7 +286,7 @@ class Recorder:
             return
         match event:
             case Routed():
-                record.promised = event.promised
+                record.promised, record.late = event.promised, event.late
             case Started():
                 record.started_s = event.at_s
                 record.num_cached = event.num_cached
@@ -370,8 +371,7 @@ class Recorder:
         switch = self.switches[-1]
         switch.op_id = event.op_id
         switch.ended_s, switch.ok, switch.message = event.at_s, event.ok, event.message
-        switch.bytes_moved = event.bytes_moved
-        switch.num_left_behind = event.num_left_behind
+        switch.bytes_moved, switch.num_left_behind = event.bytes_moved, event.num_left_behind
 
 
 def _begin_pause(record: RequestRecord, at_s: float) -> None:

@@ -38,6 +38,8 @@ class TierReport(msgspec.Struct, frozen=True, kw_only=True):
     num_refused: int
     num_unfinished: int
     num_downgraded: int
+    num_late: int = 0
+    """Kept the tier without a promise, as the engine's own events tell; a client does not know."""
     num_displaced: int
     """Displacements, not requests."""
     queue_s: Summary
@@ -184,6 +186,7 @@ def _tier(
         num_refused=sum(r.outcome == "refused" for r in records),
         num_unfinished=sum(r.outcome == "unfinished" for r in records),
         num_downgraded=sum(r.tier_served != r.tier_asked for r in records),
+        num_late=sum(r.late for r in records),
         num_displaced=sum(r.num_displaced for r in records),
         queue_s=summary("queue_s"),
         ttft_s=summary("ttft_s"),
@@ -308,7 +311,7 @@ def _headline(report: Report) -> str:
 
 def _tier_table(report: Report) -> Table:
     table = Table("tier", title="Latency: P50 / P90 / P99")
-    for name in ("requests", "met", "goodput/s", "TTFT", "TPOT", "gap P90", "ref/down/disp"):
+    for name in ("requests", "met", "goodput/s", "TTFT", "TPOT", "gap P90", "ref/down/late/disp"):
         table.add_column(name, justify="right")
     for tier in report.tiers:
         table.add_row(
@@ -319,7 +322,7 @@ def _tier_table(report: Report) -> Table:
             _percentiles(tier.ttft_s),
             _percentiles(tier.tpot_s),
             _seconds(tier.longest_gap_s.p90),
-            f"{tier.num_refused}/{tier.num_downgraded}/{tier.num_displaced}",
+            f"{tier.num_refused}/{tier.num_downgraded}/{tier.num_late}/{tier.num_displaced}",
         )
     return table
 

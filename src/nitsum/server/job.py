@@ -82,6 +82,8 @@ class Job:
             headers |= {
                 f"x-nitsum-{name}": _header_text(text) for name, text in told.items() if text
             }
+            if output.late:
+                headers["x-nitsum-late"] = "true"
         return headers
 
 

@@ -217,6 +217,7 @@ class NitsumMetrics:
         self.missed = counter("slo_missed", "Answers that missed one.", "tier")
         self.goodput = counter("goodput_tokens", "Tokens of answers that met them all.", "tier")
         self.downgrades = counter("downgrades", "Requests served as a lower tier.", "reason")
+        self.late = counter("late_requests", "Taken without a promise, to be hardly late.", "tier")
         self.kv_used = gauge("kv_used_ratio", "KV arena in use by requests, 0..1.", "rank")
         self.plan_active = gauge("plan_active", "1 for the plan that is served.", "plan")
         self.switches = counter("plan_switches", "Switches done.", "from", "to", "reason")
@@ -311,6 +312,8 @@ class Watch:
         if output.tier != self.request.tier_asked:
             reason = self._metrics.capped_reason(output.reason or _ceiling(self.request))
             ours.downgrades.labels(reason).inc()
+        if output.late:
+            ours.late.labels(output.tier).inc()
 
     def _saw_tokens(self, num_tokens: int) -> None:
         now = now_s()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,16 @@ def test_what_happened_on_the_way_is_kept() -> None:
     assert record.outcome == "abort"
 
 
+def test_who_kept_its_tier_without_a_promise_is_known_by_its_last_route() -> None:
+    def routed(at_s: float, *, promised: bool, late: bool) -> Routed:
+        return Routed(at_s=at_s, request_id="a", group=TP1, promised=promised, late=late)
+
+    late = routed(0.1, promised=False, late=True)
+    assert Recorder([arrived("a", 0.0), late]).requests["a"].late
+    again = routed(0.2, promised=True, late=False)
+    assert not Recorder([arrived("a", 0.0), late, again]).requests["a"].late
+
+
 def test_events_of_unknown_requests_are_left_alone() -> None:
     run = Recorder([finished("ghost", 1.0), *step(2.0, "ghost")])
     assert run.requests == {}
@@ -112,6 +123,15 @@ def test_events_survive_the_disk(tmp_path: Path, name: str) -> None:
     assert list(read_events(tmp_path / name)) == events
     is_packed = (tmp_path / name).read_bytes()[:2] == b"\x1f\x8b"
     assert is_packed == name.endswith(".gz")
+
+
+def test_files_from_before_late_was_told_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    routed = Routed(at_s=1.0, request_id="a", group=TP1, promised=False, late=False)
+    fields = msgspec.to_builtins(routed)
+    del fields["late"]
+    path.write_bytes(msgspec.json.encode(fields) + b"\n")
+    assert list(read_events(path)) == [routed]
 
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nitsum.cost.protocol import FixedCost
-from nitsum.events import AnyEvent, GenerationStarted, RankTimed, StepEnded, StepSent
+from nitsum.events import AnyEvent, GenerationStarted, RankTimed, Routed, StepEnded, StepSent
 from nitsum.metrics.figures import figures
 from nitsum.metrics.goodput import Window
 from nitsum.metrics.html import render, save_html
@@ -110,6 +110,19 @@ def test_the_text_names_tiers_switches_and_withholds_p99() -> None:
     assert "goodput 1/s" in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ priority")]
     assert row.count("/- ms") == 2
+
+
+def test_who_kept_a_tier_without_a_promise_is_counted() -> None:
+    events = [
+        *life("a", 0.0, [1.0, 2.0], tier="priority", tier_asked="priority"),
+        *life("b", 0.0, [1.0, 2.0], tier="priority", tier_asked="priority"),
+    ]
+    routed = Routed(at_s=0.5, request_id="b", group=TP1, promised=False, late=True)
+    report = build_report(Recorder(in_order(events, [routed])))
+    assert [(tier.num_requests, tier.num_late) for tier in report.tiers] == [(2, 1)]
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=160))
+    assert "0/0/1/0" in out.getvalue()
 
 
 def test_figures_are_flat_and_rest_on_enough_samples() -> None:

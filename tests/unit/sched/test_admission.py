@@ -65,10 +65,12 @@ def test_priority_that_comes_in_a_burst_keeps_its_tier_while_it_is_hardly_late()
     late = set(ids) - promised - downgraded
     assert promised == set(ids[: len(promised)])
     assert downgraded == set(ids[-len(downgraded) :])
+    assert late == {e.request_id for e in of(machine, Routed) if e.late}
     assert 0 < len(promised) < len(late)
     most = LATE * (len(promised) + STEPS_UNDER_WAY)  # each takes a planned step
     assert len(promised | late) <= most < len(ids)
-    machine.drain()
+    said = outputs(machine)
+    assert late == {output.request_id for output in said if output.late}
     requests = Recorder(machine.log.events).requests
     assert max(requests[i].ttft_s for i in promised) <= min(requests[i].ttft_s for i in late)
     assert max(requests[i].ttft_s for i in late) <= LATE * PRIORITY.ttft_s
