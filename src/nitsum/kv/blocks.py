@@ -30,9 +30,9 @@ class Block:
 
     __slots__ = (
         "branch",
+        "follower",
         "group",
         "hash",
-        "is_followed",
         "level",
         "pages",
         "pins",
@@ -53,8 +53,8 @@ class Block:
         with those before it."""
         self.place = 0
         """Blocks of its prefix before it."""
-        self.is_followed = False
-        """Another block of its branch comes after it, or came."""
+        self.follower: int | None = None
+        """Hash of the block of its branch that comes after it, or came last."""
         self.level = 0
         """Tier level of its most urgent user; the least urgent are evicted first."""
 

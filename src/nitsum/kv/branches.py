@@ -41,6 +41,10 @@ class Branches:
     def __init__(self) -> None:
         self._by_key: dict[int, Branch] = {}
 
+    def __contains__(self, key: int) -> bool:
+        """Whether a block of this hash heads a branch."""
+        return key in self._by_key
+
     def begin(self, key: int, parent: Branch | None, at: int) -> Branch:
         """The branch whose first block hashes to `key`, after the first `at` ones of a prefix that
         `parent` is the end of."""

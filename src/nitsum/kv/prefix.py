@@ -81,10 +81,10 @@ class PrefixIndex:
             return False
         before = blocks.get(hashes[place - 1]) if place else None
         branch = None if before is None else before.branch
-        if before is None or before.is_followed:
+        if before is None or self._has_another_follower(before, block_hash):
             branch = self._branches.begin(block_hash, branch, place)
         else:
-            before.is_followed = True
+            before.follower = block_hash
         self._index(blocks, block, block_hash, branch, place)
         return True
 
@@ -94,9 +94,18 @@ class PrefixIndex:
         assert block_hash is not None
         if block_hash in blocks:
             return False
-        block.is_followed = source.is_followed
+        block.follower = source.follower
         self._index(blocks, block, block_hash, source.branch, source.place)
         return True
+
+    def _has_another_follower(self, before: Block, block_hash: int) -> bool:
+        """Whether a block that comes after `before` begins a branch: another one goes on with the
+        branch of `before`, or it heads one already."""
+        follower = before.follower
+        if follower is None or follower == block_hash:
+            return False
+        is_cached = any(follower in blocks for blocks in self._by_hash.values())
+        return is_cached or block_hash in self._branches
 
     def _index(
         self,

@@ -51,6 +51,39 @@ def test_copies_are_of_the_branch_of_their_source_and_counted():
     assert later[1].branch is not trunk, "the copy knows that it is followed"
 
 
+def test_what_comes_in_place_of_a_follower_that_is_gone_goes_on_in_its_branch():
+    prefixes = PrefixIndex()
+    first = add(prefixes, [1, 2, 3])
+    trunk = first[0].branch
+    assert trunk is not None
+    for comes in (4, 5):
+        prefixes.forget(prefixes.in_layout(LANE)[comes - 1])
+        assert add(prefixes, [1, 2, comes])[2].branch is trunk
+    assert not trunk.forks, "nothing forks off"
+    assert add(prefixes, [1, 2, 3])[2].branch is not trunk
+    assert trunk.forks == {2: 1}
+
+
+def test_a_follower_that_is_in_another_layout_is_not_gone():
+    """It may be on its way to this one, or come again."""
+    prefixes = PrefixIndex()
+    sources = add(prefixes, [1, 2])
+    prefixes.add_copy(Block(WIDE, []), sources[0])
+    trunk = sources[0].branch
+    fork = add(prefixes, [1, 3], WIDE)[1].branch
+    assert fork is not trunk
+    assert add(prefixes, [1, 2], WIDE)[1].branch is trunk, "it comes after its own"
+
+
+def test_what_comes_again_is_of_the_branch_that_it_heads():
+    prefixes = PrefixIndex()
+    add(prefixes, [1, 2])
+    fork = add(prefixes, [1, 3, 4])[1].branch
+    for gone in (2, 3):
+        prefixes.forget(prefixes.in_layout(LANE)[gone])
+    assert add(prefixes, [1, 3])[1].branch is fork
+
+
 def test_nothing_is_left_of_branches_without_blocks():
     random = Random(0)
     prefixes = PrefixIndex()
