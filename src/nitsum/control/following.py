@@ -186,16 +186,24 @@ class Following:
         return min(self.courier.room(dst, kv.arena.page_units(dst)), free_copies(kv, src, dst))
 
     def _send_to_all(self, src: Group, lanes: list[Group], blocks: list[Block]) -> bool:
-        """A copy to each lane that has none; those that all have make way. Whether there were
-        any."""
-        known = [self.lanes.kv.prefixes.in_layout(dst) for dst in lanes]
-        lacking = [[block for block in blocks if block.hash not in found] for found in known]
-        for dst, fresh in zip(lanes, lacking, strict=True):
-            self._send(src, dst, fresh)
-        for block in blocks:
-            if not block.refs:
-                self.lanes.kv.evict(block)
-        return bool(blocks)
+        """A copy to each of `lanes` that has none. What every lane over the source has then makes
+        way; the rest stays for those that have no memory now. Whether anything was sent, or made
+        way."""
+        prefixes = self.lanes.kv.prefixes
+        transfers: list[Transfer] = []
+        for dst in lanes:
+            known = prefixes.in_layout(dst)
+            lacking = [block for block in blocks if block.hash not in known]
+            if lacking:
+                transfers.append(self._copy(src, dst, lacking))
+        found = [prefixes.in_layout(dst) for dst in self._lanes_over(src)]
+        whole = [block for block in blocks if all(block.hash in known for known in found)]
+        keep = len(whole) < len(blocks)
+        num_sent = sum(self._leave(transfer, keep=keep) for transfer in transfers)
+        unused = [block for block in whole if not block.refs]
+        for block in unused:
+            self.lanes.kv.evict(block)
+        return bool(num_sent or unused)
 
     def _send(self, src: Group, dst: Group, blocks: list[Block]) -> None:
         """All of them; those that are there already make way."""
@@ -206,13 +214,26 @@ class Following:
                 kv.evict(block)
         fresh = [block for block in blocks if block.hash is not None]
         if fresh:
-            transfer = Transfer(kv, src, dst, evicts=False)  # who made way would have followed, too
-            self._num_blocks += transfer.reserve(fresh)
-            self.courier.send_final(transfer.copy(len(transfer.blocks)))
-            transfer.settle()
-            transfer.share()
-            self.courier.leave(transfer, keep=False)
-            self._units_in_place += transfer.num_in_place
+            self._leave(self._copy(src, dst, fresh), keep=False)
+
+    def _copy(self, src: Group, dst: Group, blocks: list[Block]) -> Transfer:
+        """Copies, as far as there is free memory: the lane has them from now on."""
+        # who made way would have followed, too
+        transfer = Transfer(self.lanes.kv, src, dst, evicts=False)
+        transfer.reserve(blocks)
+        self.courier.send_final(transfer.copy(len(transfer.blocks)))
+        transfer.settle()
+        transfer.share()
+        return transfer
+
+    def _leave(self, transfer: Transfer, *, keep: bool) -> int:
+        """Let go of the sources when they have been copied; how many. With `keep` they stay
+        cached."""
+        num_blocks = len(transfer.sources)
+        self._num_blocks += num_blocks
+        self._units_in_place += transfer.num_in_place
+        self.courier.leave(transfer, keep=keep)
+        return num_blocks
 
 
 def _branch_of(block: Block) -> Branch:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
 
+from nitsum.control.courier import Courier
+from nitsum.control.following import Following
 from nitsum.kv.prefix import hash_prompt
+from nitsum.kv.transfer import Transfer
 from nitsum.plan import Group, read_plans
+from tests.unit.control.withholding import Withholding
 from tests.unit.engine.machine import BLOCK_TOKENS, Machine
 
 Prompt = list[int]
@@ -106,3 +111,83 @@ def test_lanes_of_the_same_size_come_together_again():
     prefixes = machine.core.generation.kv.prefixes
     wide = [set(prefixes.in_layout(Group(2, 0)))]
     assert all(whole_in(wide, prompt) for prompt in prompts)
+
+
+# --- when a lane has no memory --------------------------------------------------------------------
+
+SOURCE, FIRST, SECOND = Group(2, 0), Group(1, 0), Group(1, 1)
+
+
+class FullLane:
+    """A wide lane's prefixes on their way to two lanes, the second of which has no free memory."""
+
+    def __init__(self) -> None:
+        system = list(range(8))
+        self.common = set(hash_prompt(system, BLOCK_TOKENS))
+        prompts = conversations(system, 6, 6, Random(0))
+        self.hashes = {h for prompt in prompts for h in hash_prompt(prompt, BLOCK_TOKENS)}
+        self.machine = cached(prompts)
+        generation = self.machine.core.generation
+        self.kv, self.mover = generation.kv, Withholding()
+        self.courier, self.num_arrived = Courier(self.mover, 1000), 0
+        plan = self.machine.plans["2xTP1"]
+        self.following = Following(generation, self.courier, number=1, sources=[SOURCE], plan=plan)
+        pool, order = self.kv.pools[1], self.kv.arena.page_order(SECOND)
+        self.taken = pool.alloc_many(order, pool.num_pages(order)) or []
+
+    def give_memory(self) -> None:
+        """The second lane has some now."""
+        order = self.kv.arena.page_order(SECOND)
+        for start in self.taken:
+            self.kv.pools[1].release(start, 1 << order)
+        self.taken = []
+
+    def follow(self, until: Callable[[], bool]) -> None:
+        """Turns in which all that was sent arrives."""
+        for _ in range(100):
+            if until() or not self.following.advance(32):
+                return
+            for move_id in range(self.num_arrived + 1, len(self.mover.sent) + 1):
+                self.courier.acknowledge(move_id, 0)
+            self.num_arrived = len(self.mover.sent)
+            self.courier.let_go(100)
+        raise AssertionError("following does not end")
+
+    def in_layout(self, group: Group) -> set[int]:
+        return set(self.kv.prefixes.in_layout(group))
+
+
+def test_a_common_beginning_waits_for_a_lane_that_has_no_memory():
+    """What goes on from it would be of no use to that lane without."""
+    full = FullLane()
+    full.follow(until=lambda: full.common <= full.in_layout(FIRST) and full.courier.is_quiet)
+    assert full.common <= full.in_layout(FIRST)
+    assert full.common <= full.in_layout(SOURCE)
+    full.give_memory()
+    full.follow(until=lambda: False)
+    assert full.following.is_over
+    assert full.common <= full.in_layout(SECOND)
+    assert full.in_layout(FIRST) | full.in_layout(SECOND) == full.hashes
+    assert not full.in_layout(SOURCE)
+
+
+def test_a_common_beginning_that_a_lane_has_already_stays_for_the_one_that_lacks_it():
+    full = FullLane()
+    sources = [b for b in full.kv.prefixes.idle(SOURCE) if b.hash in full.common]
+    transfer = Transfer(full.kv, SOURCE, FIRST)
+    assert transfer.reserve(sources) == len(full.common)
+    transfer.copy(len(sources))
+    transfer.settle()
+    transfer.share()
+    transfer.let_go(len(sources))
+    full.following.advance(32)
+    assert full.common <= full.in_layout(SOURCE)
+    full.give_memory()
+    full.follow(until=lambda: False)
+    assert full.common <= full.in_layout(SECOND)
+
+
+def test_following_ends_though_a_lane_never_gets_memory():
+    full = FullLane()
+    full.follow(until=lambda: False)
+    assert full.following.is_over

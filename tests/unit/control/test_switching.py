@@ -7,8 +7,9 @@ from nitsum.control.following import Following
 from nitsum.events import StepSent, WaveCommitted
 from nitsum.kv.prefix import hash_prompt
 from nitsum.kv.transfer import Transfer
-from nitsum.messages import Pull, RowPull
+from nitsum.messages import Pull
 from nitsum.plan import Group, read_plans
+from tests.unit.control.withholding import Withholding
 from tests.unit.engine.machine import Machine
 
 WIDE = Group(2, 0)
@@ -178,32 +179,6 @@ def test_cached_prefixes_are_shared_out_among_lanes_each_of_them_whole(precopy_u
     assert all(min(counts) == 0 for counts in found)
     assert {counts.index(max(counts)) for counts in found if any(counts)} == {0, 1}
     assert sum(map(max, found)) == 60, "none had to make way for another"
-
-
-class Withholding:
-    """A machine whose ranks acknowledge a copy when the test says so."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, int]] = []
-        """(rank, units) of every move; its id is its place."""
-
-    def send_move(
-        self, rank: int, pulls: list[Pull], rows: list[RowPull], after: list[tuple[int, int]]
-    ) -> int:
-        self.sent.append((rank, sum(len(pull.dst_units) for pull in pulls)))
-        return len(self.sent)
-
-    def num_settled(self, rank: int) -> int:
-        return 0
-
-    def num_sent(self, rank: int) -> int:
-        return 0
-
-    def take_slot(self) -> int | None:
-        raise AssertionError("no request is moved")
-
-    def free_slot(self, slot: int) -> None:
-        raise AssertionError("no request is moved")
 
 
 def test_cached_prefixes_are_sent_in_portions_not_a_few_blocks_at_a_time():
