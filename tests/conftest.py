@@ -1,4 +1,5 @@
-"""What every test shares: nothing is written into the home of who runs them."""
+"""What every test shares: nothing is written into the home of who runs them, and no example fails
+for how long it took."""
 
 from __future__ import annotations
 
@@ -6,6 +7,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "any machine",  # both measure how busy it is
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from nitsum.server.template import ChatTemplate, read_chat_template
 from nitsum.server.tokenizer import NoTokenizer, TextCodec, TokenizerCodec, load_codec
 from tests.server.server_kit import byte_level_bpe, make_checkpoint
 
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=60)
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 
 
@@ -134,7 +134,7 @@ def test_checkpoints_with_and_without_tokenizer(tmp_path: Path) -> None:
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stops=STOPS, parts=st.lists(st.text("abc", max_size=3), max_size=12))
 def test_stop_finder_against_a_plain_search(stops: list[str], parts: list[str]) -> None:
     """The first stop string to be complete ends the text; nothing before it is lost or late."""

@@ -175,7 +175,7 @@ def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
 TEXTS = [case[0] for case in CASES] + [case[0] for case in CUT] + [HERMES + "x" + LLAMA]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), text=st.sampled_from(TEXTS))
 def test_parts_do_not_depend_on_where_text_is_cut(data: st.DataObject, text: str) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))

@@ -66,7 +66,7 @@ counts = st.tuples(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(noisy_points(), st.lists(st.tuples(counts, counts), min_size=20, max_size=20))
 def test_a_fit_of_noise_is_still_monotone(
     points: list[StepPoint],

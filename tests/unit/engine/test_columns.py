@@ -81,7 +81,7 @@ SAYINGS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(turns=st.lists(SAYINGS, max_size=4), reads=st.lists(st.booleans(), max_size=20))
 def test_readers_hear_what_the_engine_said(turns: list[list[Saying]], reads: list[bool]):
     """Every token and fact, in order, however often a reader looks."""

@@ -4,7 +4,7 @@ The fake machine checks every position a step reads and every answer has one rig
 properties need no further oracle. `check()` runs after every turn.
 """
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.plan import PlanSet, parse_plan
@@ -57,10 +57,7 @@ def run(machine: Machine, script: list[tuple]) -> None:
     )
 
 
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@relaxed
+@settings(max_examples=150)
 @given(
     script=st.lists(actions, max_size=30),
     seed=st.integers(0, 2**16),
@@ -72,19 +69,19 @@ def test_four_ranks(script, seed, units_per_block, num_blocks):
     run(Machine(4, seed=seed, units_per_block=units_per_block, num_blocks=num_blocks), script)
 
 
-@settings(parent=relaxed, max_examples=60)
+@settings(max_examples=60)
 @given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
 def test_eight_ranks(script, seed):
     run(Machine(8, seed=seed, units_per_block=8, num_blocks=10), script)
 
 
-@settings(parent=relaxed, max_examples=60)
+@settings(max_examples=60)
 @given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
 def test_without_prefix_cache(script, seed):
     run(Machine(2, seed=seed, units_per_block=2, num_blocks=10, prefix_cache=False), script)
 
 
-@settings(parent=relaxed, max_examples=60)
+@settings(max_examples=60)
 @given(script=st.lists(actions, max_size=20), seed=st.integers(0, 2**16))
 def test_plans_without_narrow_lanes(script, seed):
     """min_tp above 1: the largest page is a part of the block."""
@@ -92,7 +89,7 @@ def test_plans_without_narrow_lanes(script, seed):
     run(Machine(4, seed=seed, plans=PlanSet(4, plans, "2xTP2"), min_tp=2), script)
 
 
-@settings(parent=relaxed, max_examples=100)
+@settings(max_examples=100)
 @given(
     script=st.lists(actions, max_size=30),
     seed=st.integers(0, 2**16),
@@ -112,7 +109,7 @@ def test_with_host_memory(script, seed, num_host_blocks, num_blocks, units_per_b
     run(machine, script)
 
 
-@settings(parent=relaxed, max_examples=60)
+@settings(max_examples=60)
 @given(
     script=st.lists(actions, max_size=25),
     seed=st.integers(0, 2**16),
@@ -135,7 +132,7 @@ ROLE_PLANS = {
 }
 
 
-@settings(parent=relaxed, max_examples=200)
+@settings(max_examples=200)
 @given(
     script=st.lists(actions, max_size=30),
     seed=st.integers(0, 2**16),
@@ -159,7 +156,7 @@ def test_with_roles(script, seed, num_ranks, units_per_block, num_blocks, num_ho
     assert not machine.core.generation.is_moving
 
 
-@settings(parent=relaxed, max_examples=60)
+@settings(max_examples=60)
 @given(
     script=st.lists(actions, max_size=25),
     seed=st.integers(0, 2**16),

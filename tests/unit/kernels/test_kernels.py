@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.kernels import prepare
@@ -13,7 +13,7 @@ from tests.unit.kernels import checks
 from tests.unit.kernels.kit import DEVICE, make_step
 
 torch.set_num_threads(1)
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=6)
 seeds = st.integers(0, 1000)
 BF16 = torch.bfloat16
 F32 = torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.errors import ApiError
@@ -15,7 +15,7 @@ from tests.unit.kernels import sampling_checks as checks
 from tests.unit.kernels.kit import DEVICE, randn
 
 torch.set_num_threads(1)
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=6)
 
 requests = st.builds(
     SamplingParams,

@@ -29,7 +29,7 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torc
     return torch.stack(rows).flatten(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequences, st.integers(0, 1000))
 def test_mixed_steps_equal_attention_written_out(lengths: list, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

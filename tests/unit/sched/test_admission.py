@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.cost.protocol import FixedCost
@@ -200,7 +200,7 @@ def test_load_spreads_and_prefixes_decide_between_equals():
         machine.run()
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(
     script=st.lists(
         st.tuples(

@@ -14,7 +14,7 @@ TENANTS = ("a", "b", "c")
 request_sizes = st.tuples(st.integers(1, LONGEST_PROMPT), st.integers(1, LONGEST_ANSWER))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.lists(request_sizes, min_size=1, max_size=5), min_size=3, max_size=3),
     num_slots=st.integers(1, 4),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum.cost.protocol import FixedCost
@@ -47,7 +47,6 @@ arrivals = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(arrivals=arrivals)
 def test_every_promise_is_kept_unless_a_higher_tier_comes(arrivals):
     """The lane computes one chunk a period, higher tiers and earlier deadlines first, while all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum.sched.relegation import Job, given_up
@@ -24,7 +24,6 @@ def are_on_time(jobs: list[Job]) -> bool:
     return True
 
 
-@settings(deadline=None)
 @given(jobs=jobs_of)
 def test_the_rest_is_on_time_and_no_fewer_would_do(jobs):
     back = given_up(jobs, 0.0)

@@ -143,7 +143,7 @@ def check_vocabulary(geometry: Geometry, views: list) -> None:
         assert view.holds_all_tokens == (len(rows) == geometry.vocab_size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     heads=st.sampled_from(HEADS),
     max_bits=st.integers(0, 3),

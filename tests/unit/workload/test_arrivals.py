@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nitsum.workload.arrivals import RateStep, client_arrivals, client_rates, gamma_arrivals, warp
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.floats(0.1, 50.0), st.sampled_from((0.0, 0.5, 1.0, 2.0)))
 def test_gaps_have_the_mean_and_variation_asked_for(seed: int, rate: float, cv: float) -> None:
     times = list(islice(gamma_arrivals(random.Random(seed), rate, cv), 8000))

@@ -71,7 +71,7 @@ def test_every_packaged_table_names_its_source_and_licence() -> None:
         assert len(table.lengths.prompt.values) == len(table.lengths.output.values) == 101
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 2**31))
 def test_the_same_seed_gives_the_same_items(seed: int) -> None:
     first = mix(CHAT, seed=seed, duration_s=10)
