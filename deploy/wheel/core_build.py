@@ -28,8 +28,15 @@ REQUIRES = ["mypy>=2.4,<3", "msgspec>=0.19"]
 """msgspec for the types of what the core is given."""
 
 
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
 def is_wanted() -> bool:
-    return os.environ.get(VARIABLE, "") not in ("", "0")
+    """Ends the build where it is not clear."""
+    word = os.environ.get(VARIABLE, "")
+    if word.lower() not in (*YES, *NO):
+        raise SystemExit(f"{VARIABLE}={word} is neither yes nor no: set it to 1 or 0.")
+    return word.lower() in YES
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

@@ -78,15 +78,28 @@ def build(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("variables", [{}, {"NITSUM_COMPILE": ""}, {"NITSUM_COMPILE": "0"}])
-def test_nothing_is_compiled_or_fetched_for_it_unless_asked(variables: dict[str, str]):
-    code = "sys.argv.append('bdist_wheel'); print(get_requires_for_build_wheel(), extensions())"
+WISHES = ["get_requires_for_build_wheel()", "extensions()"]
+
+
+@pytest.mark.parametrize("word", [None, "", "0", "no", "False", "off"])
+def test_nothing_is_compiled_or_fetched_for_it_unless_asked(word: str | None):
+    variables = {} if word is None else {"NITSUM_COMPILE": word}
+    code = f"sys.argv.append('bdist_wheel'); print({', '.join(WISHES)})"
     assert build(code, **variables).stdout == "[] []\n"
 
 
-def test_whoever_asks_gets_the_compiler_of_the_core():
-    asked = build("print(get_requires_for_build_wheel())", NITSUM_COMPILE="1")
+@pytest.mark.parametrize("word", ["1", "yes", "True", "on"])
+def test_whoever_asks_gets_the_compiler_of_the_core(word: str):
+    asked = build("print(get_requires_for_build_wheel())", NITSUM_COMPILE=word)
     assert "'mypy>=" in asked.stdout
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_word_that_is_neither_yes_nor_no_ends_the_build(wish: str):
+    done = build(wish, NITSUM_COMPILE="maybe")
+    assert done.returncode != 0
+    assert "NITSUM_COMPILE=maybe" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_edited_in_place_is_not_compiled():
