@@ -55,7 +55,7 @@ compiled: $(COMPILED)/.installed ## Build Nitsum with its deciding core as machi
 	@echo "Run $(COMPILED)/bin/nitsum in place of $(VENV)/bin/nitsum, and make compiled again after a change."
 
 # A copy, since what is compiled must not lie beside sources that change: it would be run.
-$(COMPILED)/.installed: $(STAMP) pyproject.toml setup.py deploy/wheel/core_build.py $(shell find src/nitsum -name '*.py')
+$(COMPILED)/.installed: $(STAMP) pyproject.toml setup.py deploy/wheel/core_build.py $(shell find src/nitsum -type f -not -path '*/__pycache__/*')
 	@echo "Compiling takes two to three minutes."
 	@rm -rf build $(COMPILED)
 	@$(PY) -m venv --without-pip $(COMPILED)
@@ -121,5 +121,5 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix src tests benchmarks
 
 clean: ## Remove the environment and all caches inside this folder
-	rm -rf $(VENV) $(CLIENTS) $(COMPILED) build dist .pytest_cache .ruff_cache .hypothesis src/nitsum.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(COMPILED) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/nitsum.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

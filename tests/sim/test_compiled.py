@@ -46,8 +46,11 @@ def packages() -> dict[str, Path]:
     return {"interpreted": SOURCES} | ({"compiled": installed[0]} if installed else {})
 
 
-def texts(package: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(package)): p.read_bytes() for p in sorted(package.rglob("*.py"))}
+def contents(package: Path) -> dict[str, bytes]:
+    """What was written by hand or measured: sources, and the data that they read."""
+    made = (".pyc", ".so")
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix not in made]
+    return {str(path.relative_to(package)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +58,7 @@ def _built() -> None:
     found = packages()
     if "compiled" not in found or not COMPILED.exists():
         pytest.skip("the core was not compiled here: make compiled")
-    if texts(found["compiled"]) != texts(SOURCES):
+    if contents(found["compiled"]) != contents(SOURCES):
         pytest.skip("the compiled core is of other sources: make compiled")
 
 
