@@ -42,16 +42,24 @@ def first_guess(config: EngineConfig, shape: ModelShape, driver_name: str) -> Co
     return site.cost_model(config.min_tp, config.max_tp)
 
 
-def guess_words(cost: CostModel) -> str:
-    """Where the first step times come from, for whoever starts a server."""
+def guess_words(cost: CostModel, config: EngineConfig, driver_name: str) -> str:
+    """Where the first step times come from, for whoever starts a server; on devices that nothing
+    is known of, what to do about it."""
     if isinstance(cost, TableCost):
         found = cost.table.provenance
         source = f"measured with {cost.table.model} on {found.hardware}, {found.date}"
     elif isinstance(cost, AnalyticCost):
         source = f"an analytic model of {cost.machine}"
+        if _gpu(config, driver_name) is None:
+            source += f", since {driver_name or 'this GPU'} is unknown. {_measuring(config)}"
     else:
         source = "given"
     return f"Step times to begin with: {source}."
+
+
+def _measuring(config: EngineConfig) -> str:
+    words = f"nitsum profile {config.model} --ranks {config.num_ranks} --device {config.device}"
+    return f"Measure it with `{words} -o cost.json` and serve with `--cost cost.json`"
 
 
 def _gpu(config: EngineConfig, driver_name: str) -> Gpu | None:

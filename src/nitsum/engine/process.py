@@ -116,7 +116,7 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
         workers = executor.start()
         tally.started(workers)
         cost = first_guess(config, shape, workers[0].driver_name)
-        on_progress(guess_words(cost))
+        on_progress(guess_words(cost, config, workers[0].driver_name))
         arena = arena_of(config, shape, workers)
         controller = controller_of(config, arena, cost)
         core = Core(

@@ -29,7 +29,8 @@ def test_a_server_begins_with_the_table_of_its_gpus_and_its_model():
     cost = first_guess(CONFIG, SHAPE, H100)
     assert isinstance(cost, TableCost)
     assert cost.table.model == "Llama-3.1-8B"
-    assert "measured with Llama-3.1-8B on 2x NVIDIA H100 80GB HBM3" in guess_words(cost)
+    words = guess_words(cost, CONFIG, H100)
+    assert "measured with Llama-3.1-8B on 2x NVIDIA H100 80GB HBM3" in words
 
 
 @pytest.mark.parametrize("driver_name", ["NVIDIA H100 PCIe", "NVIDIA H200", "", "NVIDIA L4"])
@@ -48,19 +49,31 @@ def test_what_was_measured_of_another_model_is_not_for_this_one():
     [
         ("NVIDIA A100-SXM4-80GB", "2xA100-80GB"),
         ("NVIDIA H200", "2xH200-141GB"),
-        ("NVIDIA L4", "2xH100-80GB"),
     ],
 )
-def test_the_analytic_model_is_of_the_gpus_there_are_as_far_as_they_are_known(
-    driver_name: str, machine: str
-):
+def test_the_analytic_model_is_of_the_gpus_there_are(driver_name: str, machine: str):
     cost = first_guess(CONFIG, SHAPE, driver_name)
-    assert guess_words(cost) == f"Step times to begin with: an analytic model of {machine}."
+    words = guess_words(cost, CONFIG, driver_name)
+    assert words == f"Step times to begin with: an analytic model of {machine}."
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "said"), [("NVIDIA L4", "NVIDIA L4 is unknown"), ("", "this GPU is unknown")]
+)
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, cost="analytic")])
+def test_on_an_unknown_gpu_it_is_said_what_was_taken_and_how_to_measure(
+    config: EngineConfig, driver_name: str, said: str
+):
+    words = guess_words(first_guess(config, SHAPE, driver_name), config, driver_name)
+    assert "an analytic model of 2xH100-80GB, since " + said in words
+    assert "`nitsum profile none --ranks 2 --device cuda -o cost.json`" in words
+    assert "`--cost cost.json`" in words
 
 
 def test_a_cpu_is_a_machine_of_its_own():
-    cost = first_guess(replace(CONFIG, device="cpu", dtype="float32"), SHAPE, "")
-    assert guess_words(cost) == "Step times to begin with: an analytic model of 2xCPU."
+    config = replace(CONFIG, device="cpu", dtype="float32")
+    cost = first_guess(config, SHAPE, "")
+    assert guess_words(cost, config, "") == "Step times to begin with: an analytic model of 2xCPU."
 
 
 def test_it_is_analytic_where_that_is_asked_for():
