@@ -23,7 +23,7 @@ from nitsum.config import EngineConfig
 from nitsum.cost.protocol import CostModel
 from nitsum.engine.core import Core
 from nitsum.engine.executor import Executor
-from nitsum.engine.guess import first_guess
+from nitsum.engine.guess import first_guess, given_cost
 from nitsum.engine.process import arena_of, wait_ms
 from nitsum.engine.process_executor import OnProgress, ProcessExecutor
 from nitsum.errors import NitsumError
@@ -90,6 +90,7 @@ class Workers:
         """Starts them; raises what `ProcessExecutor.start` raises."""
         self.config = config
         self.shape = ModelShape.from_folder(Path(config.model))
+        given = given_cost(config)
         self.executor = ProcessExecutor(config, self.shape, on_progress=on_progress)
         try:
             self.ready: list[Ready] = self.executor.start()
@@ -98,7 +99,7 @@ class Workers:
             raise
         self.arena: ArenaShape = arena_of(config, self.shape, self.ready)
         self.clock = MonotonicClock()
-        self.cost = first_guess(config, self.shape, self.ready[0].driver_name)
+        self.cost = first_guess(config, self.shape, self.ready[0].driver_name, given)
         self._driver: Driver | None = None
 
     def driver(

@@ -9,7 +9,7 @@ from nitsum.config import EngineConfig
 from nitsum.cost.analytic import AnalyticCost
 from nitsum.cost.machines import Gpu, Machine, gpu_by_driver, gpu_named
 from nitsum.cost.protocol import CostModel
-from nitsum.cost.shipped import ANALYTIC, chosen_cost
+from nitsum.cost.shipped import ANALYTIC, shipped_cost
 from nitsum.cost.site import ModelSite
 from nitsum.cost.table import TableCost
 from nitsum.plan import Group, Lane
@@ -17,13 +17,15 @@ from nitsum.shape import ModelShape
 from nitsum.step import BatchShape
 
 
-def check_cost(config: EngineConfig) -> None:
-    """Raise `ConfigError` for a file of step times that cannot be used, before workers start."""
-    if config.cost and config.cost != ANALYTIC:
-        checked_table(Path(config.cost), config.plans.degrees)
+def given_cost(config: EngineConfig) -> TableCost | None:
+    """The table that was asked for, if it was one, before workers start; raises `ConfigError` when
+    it cannot be used."""
+    if config.cost in ("", ANALYTIC):
+        return None
+    return checked_table(Path(config.cost), config.plans.degrees)
 
 
-def checked_table(path: Path, degrees: Iterable[int]) -> CostModel:
+def checked_table(path: Path, degrees: Iterable[int]) -> TableCost:
     """A measured table that knows every degree; raises `ConfigError` when it does not."""
     cost = TableCost.load(path)
     for degree in degrees:
@@ -31,14 +33,17 @@ def checked_table(path: Path, degrees: Iterable[int]) -> CostModel:
     return cost
 
 
-def first_guess(config: EngineConfig, shape: ModelShape, driver_name: str) -> CostModel:
-    """What was asked for: a table, or the analytic model; in want of a word, the table that comes
-    with Nitsum for these devices, which their driver calls `driver_name`, and this shape."""
+def first_guess(
+    config: EngineConfig, shape: ModelShape, driver_name: str, given: TableCost | None
+) -> CostModel:
+    """The table that was `given`, or the analytic model if that was asked for; in want of a word,
+    the table that comes with Nitsum for these devices, which their driver calls `driver_name`, and
+    this shape."""
     gpu = _gpu(config, driver_name)
     machine = Machine(gpu or gpu_named("H100"), config.num_ranks)
-    words = config.cost if gpu else config.cost or ANALYTIC
-    cost = chosen_cost(words, shape, machine, config.dtype)
-    site = ModelSite(shape=shape, machine=machine, dtype=config.dtype, cost=cost)
+    if given is None and gpu is not None and config.cost != ANALYTIC:
+        given = shipped_cost(shape, machine, config.dtype)
+    site = ModelSite(shape=shape, machine=machine, dtype=config.dtype, cost=given)
     return site.cost_model(config.min_tp, config.max_tp)
 
 

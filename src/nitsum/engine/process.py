@@ -16,7 +16,7 @@ from msgspec.structs import replace as replace_fields
 from nitsum.clock import MonotonicClock
 from nitsum.config import EngineConfig
 from nitsum.engine.core import Core
-from nitsum.engine.guess import check_cost, first_guess, guess_words
+from nitsum.engine.guess import first_guess, given_cost, guess_words
 from nitsum.engine.intake import max_request_tokens
 from nitsum.engine.ipc import ServerLink
 from nitsum.engine.launch import max_model_len, num_host_units
@@ -108,14 +108,14 @@ def _run(config: EngineConfig, shape: ModelShape, address: str, parent: Connecti
     def on_progress(sentence: str) -> None:
         _tell(parent, EngineProgress(sentence))
 
-    check_cost(config)
+    given = given_cost(config)
     executor = ProcessExecutor(config, shape, on_progress=on_progress)
     sink = FileSink(config.events_path) if config.events_path else NullSink()
     tally = Tally(sink, config.num_ranks, plan_memory_bytes(config, shape))
     try:
         workers = executor.start()
         tally.started(workers)
-        cost = first_guess(config, shape, workers[0].driver_name)
+        cost = first_guess(config, shape, workers[0].driver_name, given)
         on_progress(guess_words(cost, config, workers[0].driver_name))
         arena = arena_of(config, shape, workers)
         controller = controller_of(config, arena, cost)
