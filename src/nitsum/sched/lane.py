@@ -199,7 +199,7 @@ class LaneScheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_running or self.queued_levels())
+        return self.num_running > 0 or self.has_queued
 
     def with_kv(self) -> list[Sequence]:
         """Those that hold KV on the device, most urgent first."""
@@ -242,6 +242,11 @@ class LaneScheduler:
     def has_backlog(self, level: int) -> bool:
         """The level has work without a slot, or with one and no part in the last step."""
         return self.is_stalled[level] or any(self._queued[level])
+
+    @property
+    def has_queued(self) -> bool:
+        """Somebody has no slot."""
+        return any(map(any, self._queued))
 
     def queued_levels(self) -> list[int]:
         """Levels of which somebody has no slot."""

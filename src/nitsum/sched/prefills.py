@@ -41,7 +41,7 @@ def add_prefills(lane: LaneScheduler, step: Composed, prefills: list[list[Sequen
         step.all_bear_s = min(*step.tight_s, step.others_bear_s)
     left_at = [_left_tokens(sequences) for sequences in prefills]
     most = step.most_tokens = _most_tokens(lane, step)
-    if lane.rules.slack and step.chunks and not lane.queued_levels():
+    if lane.rules.slack and step.chunks and not lane.has_queued:
         step.most_tokens = min(most, _enough_tokens(lane, step, sum(left_at)))
     ahead, rest = in_order(lane, step, prefills)
     taken = [0] * len(lane.levels)
