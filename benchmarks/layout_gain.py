@@ -29,15 +29,14 @@ import yaml
 from nitsum.bench.provenance import summary
 from nitsum.control.gain import most_gain, sustained
 from nitsum.control.load import Load, Sample, sum_up
-from nitsum.control.planner import Site, buffer_bytes, degrees_that_fit, redundancy_table
+from nitsum.control.planner import PlanSite, buffer_bytes, degrees_that_fit, redundancy_table
 from nitsum.control.score import Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.metrics.targets import Targets
 from nitsum.plan import PlanSet
-from nitsum.sim.system import Site as SimSite
-from nitsum.sim.system import site_targets, uniform_plan
+from nitsum.sim.system import Site, site_targets, uniform_plan
 from nitsum.tier import DEFAULT_TIERS, TierSet
 from nitsum.workload.lengths import lengths_named
 from nitsum.workload.traces import read_trace, window
@@ -81,12 +80,12 @@ class Setting:
     @classmethod
     def of(cls, model: str, machine: str, factor: float = 1.0) -> Setting:
         known = Machine.parse(machine)
-        site = SimSite(model=model, shape=shape_named(model), machine=known)
+        site = Site(model=model, shape=shape_named(model), machine=known)
         return cls(model, known, site_targets(site).with_k(factor))
 
     def sustained(self, pairs: Pairs, tiers: dict[str, float]) -> dict[int, float]:
         """Requests per second by degree of static uniform lanes."""
-        site = Site(shape=shape_named(self.model), machine=self.machine)
+        site = PlanSite(shape=shape_named(self.model), machine=self.machine)
         load = self._load(pairs, tiers)
         found: dict[int, float] = {}
         for degree in degrees_that_fit(site):
@@ -168,7 +167,7 @@ def _gain(first: dict[int, float], second: dict[int, float]) -> float:
 def memory(model: str, machine: str) -> dict[str, float]:
     """What holding every layout costs: buffers of all groups, and KV room, by min_tp and degree."""
     known = Machine.parse(machine)
-    site = Site(shape=shape_named(model), machine=known)
+    site = PlanSite(shape=shape_named(model), machine=known)
     word = f"{model}_{machine}".replace("-", "_").replace(".", "p").lower()
     degrees = degrees_that_fit(site)
     plans = tuple(uniform_plan(known.num_gpus, degree) for degree in degrees)

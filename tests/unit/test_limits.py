@@ -66,7 +66,7 @@ def test_plans_are_judged_by_the_sizes_of_what_is_served(machine: str, device: D
     here = Machine.parse(machine)
     assert here.device == device
     assert Site(model=MODEL, shape=shape_named(MODEL), machine=here).limits == STEP_LIMITS[device]
-    site = planner.Site(shape=shape_named(MODEL), machine=here)
+    site = planner.PlanSite(shape=shape_named(MODEL), machine=here)
     assert site.limits == STEP_LIMITS[device]
     assert site.lane_limits(site.memory(1, 2)).max_batch_tokens == served(device).max_mixed_tokens
 

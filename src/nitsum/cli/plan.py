@@ -23,7 +23,7 @@ from nitsum.control.load import Load, Sample, by_level, sum_up
 from nitsum.control.planner import (
     Entry,
     PlanReport,
-    Site,
+    PlanSite,
     degrees_that_fit,
     plan_entries,
     redundancy_table,
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _site(args: argparse.Namespace) -> Site:
+def _site(args: argparse.Namespace) -> PlanSite:
     shape, machine = shape_named(args.model), Machine.parse(args.machine)
-    return Site(
+    return PlanSite(
         shape=shape,
         machine=machine,
         cost=chosen_cost(args.cost, shape, machine, "bfloat16"),
@@ -106,7 +106,7 @@ def _site(args: argparse.Namespace) -> Site:
     )
 
 
-def _targets(args: argparse.Namespace, site: Site) -> Targets | None:
+def _targets(args: argparse.Namespace, site: PlanSite) -> Targets | None:
     """None: what the tiers promise."""
     if args.targets == "tiers":
         return None
@@ -174,7 +174,7 @@ def _sample(tier: Tier, num_prompt: int, targets: Targets | None) -> Sample:
 # --- telling --------------------------------------------------------------------------------------
 
 
-def print_report(report: PlanReport, site: Site, console: Console) -> None:
+def print_report(report: PlanReport, site: PlanSite, console: Console) -> None:
     """Plans beside static layouts, what the set brings, what it costs."""
     chosen = {plan.name for plan in report.chosen.plans}
     shown = [e for i, e in enumerate(report.entries) if i < MAX_ROWS or e.plan.name in chosen]
@@ -270,7 +270,7 @@ def _ratio(ours: float, theirs: float) -> str:
     return f"{ours / theirs:.2f}x" if theirs > 0 else "it serves nothing in time"
 
 
-def _memory_line(report: PlanReport, site: Site) -> str:
+def _memory_line(report: PlanReport, site: PlanSite) -> str:
     rows = [
         f"TP{degree} {share:.0%}"
         for min_tp, degree, share in redundancy_table(site.shape, site.machine)

@@ -59,7 +59,7 @@ def tilted(load: Load, tier: str) -> Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site(ModelSite):
+class PlanSite(ModelSite):
     """What is planned for."""
 
     min_lane_tokens: int = 1 << 13
@@ -111,7 +111,7 @@ class PlanReport:
         return self.statics[0]
 
 
-def degrees_that_fit(site: Site) -> list[int]:
+def degrees_that_fit(site: PlanSite) -> list[int]:
     """Degrees at which a static lane holds the longest request."""
     widest = site.machine.num_gpus
     found = [
@@ -128,7 +128,7 @@ def degrees_that_fit(site: Site) -> list[int]:
     return found
 
 
-def _known(site: Site, degree: int) -> bool:
+def _known(site: PlanSite, degree: int) -> bool:
     """A measured table holds only the degrees that were measured."""
     if site.cost is None:
         return True
@@ -139,7 +139,7 @@ def _known(site: Site, degree: int) -> bool:
     return True
 
 
-def search(site: Site, cases: Sequence[Situation], num_plans: int = 4) -> PlanReport:
+def search(site: PlanSite, cases: Sequence[Situation], num_plans: int = 4) -> PlanReport:
     """The best set of at most `num_plans` plans, over every min_tp that leaves room for KV.
 
     Raises `ConfigError` when no layout holds the longest request.
@@ -159,7 +159,7 @@ def search(site: Site, cases: Sequence[Situation], num_plans: int = 4) -> PlanRe
 
 
 def _search(
-    site: Site,
+    site: PlanSite,
     cases: Sequence[Situation],
     num_plans: int,
     degrees: list[int],
@@ -206,12 +206,12 @@ def _score_all(
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _scorer(site: Site, memory: MemoryModel, degrees: Sequence[int]) -> Scorer:
+def _scorer(site: PlanSite, memory: MemoryModel, degrees: Sequence[int]) -> Scorer:
     cost = site.cost_model(memory.geometry.min_tp, memory.geometry.max_tp)
     return Scorer(StepTimes(cost, degrees), site.lane_limits(memory))
 
 
-def _static(site: Site, degree: int, cases: Sequence[Situation]) -> Entry:
+def _static(site: PlanSite, degree: int, cases: Sequence[Situation]) -> Entry:
     """Uniform lanes that keep their own shard only."""
     num_lanes = site.machine.num_gpus // degree
     plan = parse_plan(
@@ -230,7 +230,7 @@ def _static(site: Site, degree: int, cases: Sequence[Situation]) -> Entry:
     )
 
 
-def buffer_bytes(site: Site, plans: PlanSet) -> int:
+def buffer_bytes(site: PlanSite, plans: PlanSet) -> int:
     """Communication buffers of the widest rank: one set a group it belongs to, from sizes alone.
 
     Graphs and the groups' own memory are measured when workers start, not predicted.
