@@ -10,10 +10,7 @@ from typing import Any, cast, get_type_hints
 
 import msgspec
 
-from nitsum.cli.settings import (
-    PlanSettings,
-    ServeSettings,
-)
+from nitsum.cli.settings import ModelSettings, PlanSettings, ServeSettings
 from nitsum.cli.sources import did_you_mean
 from nitsum.config import EngineConfig
 from nitsum.errors import ConfigError
@@ -52,8 +49,8 @@ def _default_plans(settings: PlanSettings) -> PlanSet:
     return plan_set
 
 
-def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
-    """The engine's configuration for the checkpoint folder `model`."""
+def build_model_config(settings: ModelSettings, model: Path) -> EngineConfig:
+    """A configuration of workers for the checkpoint folder `model`, whatever they are to do."""
     limits, plans = settings.limits, build_plans(settings)
     return EngineConfig(
         model=str(model),
@@ -64,12 +61,19 @@ def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
         min_tp=settings.min_tp_of(plans),
         block_tokens=limits.block_tokens,
         kv_bytes=settings.kv_bytes,
-        host_kv_bytes=settings.host_kv_memory,
         max_model_len=settings.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_batch_tokens=limits.max_batch_tokens,
-        max_mixed_tokens=settings.max_mixed_tokens or limits.max_mixed_tokens,
         num_threads=settings.threads,
+    )
+
+
+def build_engine_config(settings: ServeSettings, model: Path) -> EngineConfig:
+    """The engine's configuration for the checkpoint folder `model`."""
+    return dataclasses.replace(
+        build_model_config(settings, model),
+        host_kv_bytes=settings.host_kv_memory,
+        max_mixed_tokens=settings.max_mixed_tokens or settings.limits.max_mixed_tokens,
         tiers=tiers_of(settings),
         policy=settings.policy,
         prefix_cache=settings.prefix_cache,

@@ -22,7 +22,7 @@ from nitsum.bench.profile import (
     shapes_of,
     table_of,
 )
-from nitsum.cli.build import build_plans
+from nitsum.cli.build import build_model_config
 from nitsum.cli.checkpoint import checkpoint_folder
 from nitsum.cli.progress import note
 from nitsum.cli.readers import text
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("Name a model: a checkpoint folder, a .gguf file, or `demo`.")
     model = checkpoint_folder(settings.model)
     shape = ModelShape.from_folder(model)
-    config = _config(settings, model)
+    config = build_model_config(settings, model)
     partial = Partial(Path(f"{settings.out}.partial"))
     started_s = time.monotonic()
     executor = ProcessExecutor(config, shape, on_progress=note)
@@ -86,24 +86,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{notes}\nWrote {settings.out}.")
     return 0
-
-
-def _config(settings: ProfileSettings, model: Path) -> EngineConfig:
-    limits, plans = settings.limits, build_plans(settings)
-    return EngineConfig(
-        model=str(model),
-        plans=plans,
-        device=settings.device,
-        load_format=settings.load_format,
-        dtype=settings.chosen_dtype,
-        min_tp=settings.min_tp_of(plans),
-        block_tokens=limits.block_tokens,
-        kv_bytes=settings.kv_bytes,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        max_batch_tokens=limits.max_batch_tokens,
-        num_threads=settings.threads,
-    )
 
 
 def _switch_notes(profiler: Profiler, config: EngineConfig) -> str:
