@@ -87,6 +87,7 @@ async def measure(model: Path, num_streams: int, num_tokens: int) -> dict[str, f
     ended_s = time.process_time()
     num_sent = num_streams * (num_tokens - 2)
     assert Transport.num_writes - before == num_sent, "every token is one write"
+    await end(client)
     return {
         "server_python_per_token_us": 1e6 * (ended_s - begun_s) / num_sent,
         "server_python_begin_per_request_us": 1e6 * (begun_s - start_s) / num_streams,
@@ -106,6 +107,14 @@ async def begin(config: uvicorn.Config, client: Client, num_streams: int, num_to
     for request_id in client.request_ids:
         client.hand(Output(request_id, [1000], plan="TP1", lane="TP1@0", queue_s=0.01))
     await turns(20)
+
+
+async def end(client: Client) -> None:
+    """Every answer has its last token, and who sent it is done: the loop has nobody to cancel."""
+    for request_id in client.request_ids:
+        client.hand(Output(request_id, [1000], "length", plan="TP1", lane="TP1@0", queue_s=0.01))
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
 
 
 def request(num_tokens: int) -> bytes:
