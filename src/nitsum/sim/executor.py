@@ -43,7 +43,10 @@ from nitsum.step import BatchShape, RankTime, RankTimes
 HOST_LATENCY_S = 200e-6
 """From the end of a step to its tokens in the engine: one message between processes."""
 BESIDE_COPIES = 0.04
-"""What a step takes longer beside a copy: 0.7 ms of 18 on two H100 (docs/performance.md)."""
+"""What a step takes longer beside copies to its ranks: 0.7 ms of 18 on two H100
+(docs/performance.md). A rank pulls: its multiprocessors make the copies, and its memory takes
+them. The rank that is read from gives a link's part of its memory's bandwidth, and its steps were
+as long as ever: 17 ms, beside 24 to 33 of the one that all copies went to."""
 
 
 class SimExecutor:
