@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.goodput.points import Point, Points
 from nitsum.bench.provenance import versions
+from nitsum.cost.machines import Gpu, Machine
 
 Figures = Mapping[str, float]
 GOODPUT = "goodput_requests_per_s"
@@ -24,7 +25,15 @@ COMPARED = (
     *TIMES,
     "busy_share",
 )
+OTHERS = ("flex_attainment_share", "batch_attainment_share", "priority_num_requests")
+"""Of a point, published beside those compared."""
 OF_RANKS = ("busy_share", "read_bytes_per_s", "flops_per_s")
+STRICTNESS = {
+    "": GOODPUT,
+    "_half_targets": "goodput_at_0.5k_requests_per_s",
+    "_double_targets": "goodput_at_2k_requests_per_s",
+}
+"""Goodput with targets of the first token that are half and double as long, by ending."""
 LOADS = ("best", "saturated")
 LIGHT_SHARE = 0.7
 """Of capacity: below it, priority requests are to be in time whatever else there is."""
@@ -90,9 +99,11 @@ def _cell(served: Figures, simulated: Figures, name: str) -> str:
 
 def ratios_of(file: Points, found: Mapping[str, Figures]) -> dict[str, float]:
     """Those whose points are there. Goodput: ours over theirs, each at its own best load (`_peak`),
-    both at 1.5 times saturation, and the smaller of the two. Times of priority requests: ours over
+    both at 1.5 times saturation, and the smaller of the two; with stricter and looser targets, too,
+    at the loads that are best with the usual ones. Times of priority requests: ours over
     those of the widest static layout that serves the same priority requests and nothing else.
-    Busy shares, above saturation: the mean over ranks of ours, and of the best under `fcfs`.
+    Busy shares, above saturation: the mean over ranks of ours, and of the best under `fcfs`. On
+    GPUs ranks cannot tell what they wait for peers inside a step, and it counts as busy.
     """
     ratios = dict(_goodput_ratios(found)) | dict(_times(found)) | dict(_attained(file, found))
     return ratios | dict(_busy(found))
@@ -101,11 +112,12 @@ def ratios_of(file: Points, found: Mapping[str, Figures]) -> dict[str, float]:
 def _goodput_ratios(found: Mapping[str, Figures]) -> Iterator[tuple[str, float]]:
     for policy in ("fcfs", "priority", "nitsum"):
         name = f"goodput_ratio_best_static_{policy}"
-        peak = _ratio(found, GOODPUT, "ours_best", f"static_{policy}_best")
-        above = _ratio(found, GOODPUT, "ours_saturated", f"static_{policy}_saturated")
-        yield from _named((f"{name}_peak", peak), (f"{name}_saturated", above))
-        if peak is not None and above is not None:
-            yield name, min(peak, above)
+        for ending, figure in STRICTNESS.items():
+            peak = _ratio(found, figure, "ours_best", f"static_{policy}_best")
+            above = _ratio(found, figure, "ours_saturated", f"static_{policy}_saturated")
+            yield from _named((f"{name}_peak{ending}", peak), (f"{name}_saturated{ending}", above))
+            if peak is not None and above is not None:
+                yield f"{name}{ending}", min(peak, above)
     shifting = _ratio(found, GOODPUT, "ours_shifting", "static_nitsum_shifting")
     yield from _named(("goodput_ratio_best_static_nitsum_shifting", shifting))
 
@@ -174,8 +186,9 @@ def _summary(
     figures = ratios_of(file, served)
     simulated = ratios_of(file, {point.name: point.simulated for point in file.points})
     figures |= {f"sim_{name}": value for name, value in simulated.items()}
+    gpu = Machine.parse(file.machine).gpu
     for point in file.points:
-        figures |= dict(_of_point(point, served.get(point.name)))
+        figures |= dict(_of_point(point, served.get(point.name), gpu))
     figures["sim_saturation_requests_per_s"] = file.saturation_per_s
     figures["sim_alone_capacity_requests_per_s"] = file.alone_capacity
     used = [results[name] for name in served]
@@ -200,20 +213,29 @@ def _all(words: Iterable[str]) -> str:
     return " | ".join(dict.fromkeys(words))
 
 
-def _of_point(point: Point, served: Figures | None) -> Iterable[tuple[str, float]]:
+def _of_point(point: Point, served: Figures | None, gpu: Gpu) -> Iterable[tuple[str, float]]:
     yield f"{point.name}_load_requests_per_s", point.load
-    for name in COMPARED:
+    for name in (*COMPARED, *OTHERS):
         if name in point.simulated:
             yield f"sim_{point.name}_{name}", point.simulated[name]
         if served is not None and name in served:
             yield f"{point.name}_{name}", served[name]
     for name, value in (served or {}).items():
-        if name.startswith("rank") and name.partition("_")[2] in OF_RANKS:
+        rank, _, figure = name.partition("_")
+        if name.startswith("rank") and figure in OF_RANKS:
             yield f"{point.name}_{name}", value
+        if name.startswith("rank") and (peak := _peaks(gpu).get(figure)):
+            share = figure.replace("_per_s", "_share_of_peak")
+            yield f"{point.name}_{rank}_{share}", value / peak
     if served is not None and point.simulated.get(GOODPUT):
         error = point.simulated[GOODPUT] / served[GOODPUT] - 1.0 if served.get(GOODPUT) else None
         if error is not None:
             yield f"{point.name}_sim_error_goodput", error
+
+
+def _peaks(gpu: Gpu) -> dict[str, float]:
+    """What the vendor promises, by figure of a rank."""
+    return {"read_bytes_per_s": gpu.memory_bytes_per_s, "flops_per_s": gpu.matmul_flops_per_s}
 
 
 def _notes(file: Points) -> str:

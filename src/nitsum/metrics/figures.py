@@ -41,6 +41,7 @@ def _overall(report: Report) -> Iterator[tuple[str, float | None]]:
 
 
 def _tier(tier: TierReport) -> Iterator[tuple[str, float | None]]:
+    yield f"{tier.tier}_num_requests", float(tier.num_requests)
     yield f"{tier.tier}_goodput_requests_per_s", tier.goodput_per_s
     yield f"{tier.tier}_attainment_share", tier.attainment
     for name, summary in (

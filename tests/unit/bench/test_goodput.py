@@ -348,6 +348,34 @@ def test_the_smaller_ratio_counts():
     assert ratios["goodput_ratio_best_static_fcfs"] == pytest.approx(1.2)
 
 
+def test_stricter_targets_have_ratios_of_their_own():
+    at = {"ours": (7.0, 15.0), "static_fcfs": (14.0, 10.0)}
+    found = Results()
+    for side, (half, double) in at.items():
+        more = {"goodput_at_0.5k_requests_per_s": half, "goodput_at_2k_requests_per_s": double}
+        found.add(f"{side}_best", 10.0, **more)
+    ratios = table.ratios_of(FILE, found.of)
+    assert ratios["goodput_ratio_best_static_fcfs_peak"] == pytest.approx(1.0)
+    assert ratios["goodput_ratio_best_static_fcfs_peak_half_targets"] == pytest.approx(0.5)
+    assert ratios["goodput_ratio_best_static_fcfs_peak_double_targets"] == pytest.approx(1.5)
+
+
+def test_what_ranks_did_is_a_share_of_what_the_device_promises(tmp_path: Path):
+    file = points_file([point("a")])
+    gpu = Machine.parse(file.machine).gpu
+    figures = {
+        "flex_attainment_share": 0.25,
+        "rank1_read_bytes_per_s": 0.5 * gpu.memory_bytes_per_s,
+        "rank1_flops_per_s": 0.1 * gpu.matmul_flops_per_s,
+    }
+    result = {"figures": figures, "date": "d", "command": "c", "hardware": "h", "versions": {}}
+    table.show(file, {"a": result}, tmp_path / "summary.json", "table")
+    published = json.loads((tmp_path / "summary.json").read_text())["figures"]
+    assert published["a_flex_attainment_share"] == 0.25
+    assert published["a_rank1_read_bytes_share_of_peak"] == pytest.approx(0.5)
+    assert published["a_rank1_flops_share_of_peak"] == pytest.approx(0.1)
+
+
 def test_half_of_a_pair_is_no_ratio():
     ratios = table.ratios_of(
         FILE, Results().add("ours_best", 12.0).add("static_fcfs_saturated", 1.0).of
