@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from nitsum.config import EngineConfig
 from nitsum.control.controller import Controller, Rules
-from nitsum.control.price import Held
 from nitsum.control.decisions import words
+from nitsum.control.price import Held
 from nitsum.control.score import Limits, Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.protocol import CostModel
