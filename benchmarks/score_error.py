@@ -23,7 +23,7 @@ from nitsum.cli.plan import phases_of
 from nitsum.control.controller import Rules
 from nitsum.control.gain import sustained
 from nitsum.control.load import Load
-from nitsum.control.planner import Site as PlannedSite
+from nitsum.control.planner import PlanSite
 from nitsum.control.score import Scorer
 from nitsum.control.steps import StepTimes
 from nitsum.cost.machines import Machine
@@ -66,7 +66,7 @@ class Setting:
         site = Site(model=model, shape=shape, machine=machine)
         targets = site_targets(site)
         site = replace(site, tiers=held_to(site.tiers, targets))
-        planned = PlannedSite(shape=shape, machine=machine)
+        planned = PlanSite(shape=shape, machine=machine)
         plans, scorers = [], {}
         for degree in degrees:
             memory = planned.memory(degree, degree)

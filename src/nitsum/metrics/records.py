@@ -37,11 +37,8 @@ from nitsum.events import (
 from nitsum.plan import Group
 from nitsum.step import BatchShape, RankTime
 
+Pause = tuple[float, float | None]
 Outcome = Literal["unfinished", "refused", "stop", "length", "abort", "error"]
-
-
-def _times() -> array[float]:
-    return array("d")
 
 
 @dataclass(slots=True)
@@ -71,11 +68,9 @@ class RequestRecord:
     num_cached: int = 0
     num_displaced: int = 0
     num_promoted: int = 0
-    paused: list[tuple[float, float | None]] = field(
-        default_factory=list[tuple[float, float | None]]
-    )
+    paused: list[Pause] = field(default_factory=list[Pause])
     """When it was displaced, and when it went on (None: not yet)."""
-    token_times: array[float] = field(default_factory=_times)
+    token_times: array[float] = field(default_factory=lambda: array("d"))
     """When each answer token became known."""
 
     @property
@@ -108,8 +103,9 @@ class RequestRecord:
     @property
     def e2e_s(self) -> float | None:
         """Until its end; None while it runs and when it was refused."""
-        refused = self.outcome == "refused" or self.finished_s is None
-        return None if refused or self.finished_s is None else self.finished_s - self.arrival_s
+        if self.outcome == "refused" or self.finished_s is None:
+            return None
+        return self.finished_s - self.arrival_s
 
 
 @dataclass(slots=True)
