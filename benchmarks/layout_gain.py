@@ -233,7 +233,7 @@ def flip_study() -> dict[str, Any]:
     setting = Setting.of("Llama-3.1-8B", "2xH100-80GB")
     windows = [
         _flip(setting, name, urgent, patient, seed)
-        for seed, (name, urgent, patient) in enumerate(FLIPS, start=201)
+        for seed, (name, urgent, patient) in enumerate(FLIPS, start=301)
     ]
     return _study(setting, ["TP2", "2xTP1"], windows)
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from math import log, sqrt
 from typing import Literal, NamedTuple
 
+from nitsum.control.answers import Answer, Answers
 from nitsum.control.load import Load, Sample, TierLoad, by_level, starvation, sum_up
 from nitsum.events import Arrived, Finished, Refused, Started
-from nitsum.tier import Tier, TierSet
+from nitsum.tier import TierSet
 
 MAX_SAMPLES = 256
 DEVIATIONS = 2.7
@@ -28,8 +29,6 @@ NUM_MOMENTS = 64
 """Of the last seconds, at which a change may have been."""
 MEMORY_WINDOWS = 4
 """Arrivals are remembered for this many windows."""
-USUAL_OUTPUT_TOKENS = 256.0
-"""Assumed of answers while none of the tier has ended."""
 
 Forecast = Literal["none", "trend"]
 
@@ -47,9 +46,7 @@ class TierArrivals:
 
     times: deque[float] = field(default_factory=deque[float])
     samples: deque[Sample] = field(default_factory=lambda: deque[Sample](maxlen=MAX_SAMPLES))
-    output_tokens: float = 0.0
-    """Running mean over answers that ended; 0: none has."""
-    longest_answer: float = 0.0
+    answers: Answers = field(default_factory=Answers)
     cached_share: float = 0.0
     first_s: float = float("-inf")
     changed_s: float = float("-inf")
@@ -81,12 +78,6 @@ class TierArrivals:
         """It has only a deadline: what counts is what arrives over a long time."""
         return bool(self.samples) and self.samples[-1].deadline_s is not None
 
-    @property
-    def mean_output(self) -> float:
-        if self.output_tokens:
-            return self.output_tokens
-        return min(USUAL_OUTPUT_TOKENS, self.longest_answer or USUAL_OUTPUT_TOKENS)
-
 
 class Arrivals:
     """Folds events into the load of every tier."""
@@ -109,7 +100,7 @@ class Arrivals:
         self.by_tier: dict[str, TierArrivals] = {}
         self._noticed_s = float("-inf")
         """When the last change was noticed; when it was is each tier's `changed_s`."""
-        self._prompts: dict[str, int] = {}
+        self._open: dict[str, Answer] = {}
 
     def arrived(self, event: Arrived) -> None:
         tier = self.by_tier.setdefault(event.tier, TierArrivals(first_s=event.at_s))
@@ -119,22 +110,28 @@ class Arrivals:
         tier.samples.append(
             Sample(event.num_prompt, event.ttft_target_s, event.tpot_target_s, event.deadline_s)
         )
-        tier.longest_answer = max(tier.longest_answer, event.max_tokens)
-        self._prompts[event.request_id] = event.num_prompt
+        answer = self._open[event.request_id] = Answer(event.num_prompt)
+        tier.answers.arrived(answer, event.max_tokens)
 
     def started(self, event: Started, tier: str) -> None:
-        prompt = self._prompts.get(event.request_id)
-        if prompt:
+        answer = self._open.get(event.request_id)
+        if answer is None:
+            return
+        if answer.started_s is None:
+            answer.started_s = event.at_s
+        if answer.num_prompt:
             known = self.by_tier[tier]
-            known.cached_share += 0.05 * (event.num_cached / prompt - known.cached_share)
+            known.cached_share += 0.05 * (event.num_cached / answer.num_prompt - known.cached_share)
 
     def ended(self, event: Finished | Refused) -> None:
+        answer = self._open.pop(event.request_id, None)
+        if answer is None:
+            return
+        answer.is_over = True
         known = self.by_tier.get(event.tier)
-        self._prompts.pop(event.request_id, None)
         if known is None or isinstance(event, Refused) or event.reason not in ("stop", "length"):
             return
-        weight = 0.05 if known.output_tokens else 1.0
-        known.output_tokens += weight * (event.num_output - known.output_tokens)
+        known.answers.complete(answer, event.at_s, event.num_output)
 
     def notice_changes(self, now: float) -> list[str]:
         """Tiers whose last seconds do not fit their rate; from now on only these seconds count,
@@ -185,7 +182,7 @@ class Arrivals:
         """What is to be served now: every tier with arrivals or waiting requests."""
         waiting = waiting or {}
         loads = [
-            self._tier(self.tiers[name], known, self._rate(known, now), waiting.get(name))
+            self._tier(name, now, self._rate(known, now), waiting.get(name))
             for name, known in self.by_tier.items()
         ]
         return by_level(load for load in loads if load.rate_per_s > 0 or load.num_waiting)
@@ -194,20 +191,19 @@ class Arrivals:
         """What really arrived (as far back as four windows)."""
         span_s = max(end_s - start_s, 1e-3)
         loads = [
-            self._tier(self.tiers[name], known, known.since(start_s) / span_s, None)
+            self._tier(name, end_s, known.since(start_s) / span_s, None)
             for name, known in self.by_tier.items()
         ]
         return by_level(load for load in loads if load.rate_per_s > 0)
 
-    def _tier(
-        self, tier: Tier, known: TierArrivals, rate_per_s: float, waiting: Waiting | None
-    ) -> TierLoad:
+    def _tier(self, name: str, now: float, rate_per_s: float, waiting: Waiting | None) -> TierLoad:
+        known = self.by_tier[name]
         num, oldest_s = waiting or Waiting()
         load = sum_up(
-            tier,
+            self.tiers[name],
             known.samples,
             rate_per_s=rate_per_s,
-            output_tokens=known.mean_output,
+            output_tokens=known.answers.mean_tokens(now),
             cached_share=known.cached_share,
             num_waiting=num,
         )

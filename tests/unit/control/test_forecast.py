@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum.control.forecast import Arrivals, Waiting, waiting_by_tier
 from nitsum.control.outcomes import Outcomes
-from nitsum.events import Arrived, Finished, StepEnded
+from nitsum.events import Arrived, Finished, Started, StepEnded
 from nitsum.plan import Group
 from nitsum.tier import TierSet
 
@@ -44,6 +45,50 @@ def finished(name: str, at_s: float, num_output: int = 11, tier: str = "default"
 def steady(arrivals: Arrivals, start_s: float, end_s: float, per_s: int, tier: str) -> None:
     for i in range(int((end_s - start_s) * per_s)):
         arrivals.arrived(arrived(f"{tier}{start_s}-{i}", start_s + i / per_s, tier))
+
+
+LENGTHS = [10, 20, 40, 80, 160, 320, 640]
+MEAN = sum(LENGTHS) / len(LENGTHS)
+
+
+def served(arrivals: Arrivals, last_s: float, until_s: float) -> None:
+    """Answers of all lengths in turns, seven arriving a second, each token taking as long."""
+    ends, per_s, token_s = [], 7, 0.05
+    for i in range(int(last_s * per_s)):
+        at_s, num_tokens = i / per_s, LENGTHS[i % len(LENGTHS)]
+        arrivals.arrived(arrived(f"r{i}", at_s))
+        start = Started(at_s=at_s, request_id=f"r{i}", group=Group(1, 0), step_id=1, num_cached=0)
+        arrivals.started(start, "default")
+        ends.append((at_s + num_tokens * token_s, f"r{i}", num_tokens))
+    for end_s, name, num_tokens in sorted(ends):
+        if end_s <= until_s:
+            arrivals.ended(finished(name, end_s, num_tokens))
+
+
+@pytest.mark.parametrize("until_s", [4.0, 8.0, 16.0, 60.0])
+def test_answers_that_still_run_count_as_far_as_they_are(until_s: float):
+    """Of those that have ended after four seconds, none is longer than 80 tokens, half of them 20
+    and less: a mean of 33. Lengths here are spread more than exponential ones."""
+    arrivals = Arrivals(TierSet())
+    served(arrivals, until_s, until_s)
+    (load,) = arrivals.load(until_s)
+    assert 0.5 * MEAN < load.output_tokens < 1.4 * MEAN
+
+
+def test_the_last_to_end_are_not_taken_for_all():
+    """When a tier's requests have ceased, the longest answers end last."""
+    arrivals = Arrivals(TierSet())
+    served(arrivals, 30.0, 70.0)
+    assert arrivals.by_tier["default"].answers.mean_tokens(70.0) == pytest.approx(MEAN)
+
+
+def test_what_was_broken_off_is_no_length():
+    arrivals = Arrivals(TierSet())
+    for i in range(20):
+        arrivals.arrived(arrived(f"r{i}", 0.1 * i))
+        end = finished(f"r{i}", 0.1 * i + 1.0, 7 if i % 2 else 40)
+        arrivals.ended(msgspec.structs.replace(end, reason="abort" if i % 2 else "length"))
+    assert arrivals.by_tier["default"].answers.mean_tokens(4.0) == 40.0
 
 
 def test_a_steady_rate_is_the_rate():
