@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -124,6 +124,19 @@ def comparison_table(results: dict[str, list[dict[str, float]]]) -> Table:
         over = ratios(results, figure)
         table.add_row(figure, *cells, *(_spread(over[name]) for name in names[1:]))
     return table
+
+
+def note_lines(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Notes by side as lines: what all sides have in common once, the rest with its side."""
+    each = [set(of_side) for of_side in notes.values()]
+    common = set[str]().union(*each).intersection(*each)
+    every = dict.fromkeys(said for of_side in notes.values() for said in of_side)
+    return [f"note: {said}" for said in every if said in common] + [
+        f"note, {side}: {said}"
+        for side, of_side in notes.items()
+        for said in of_side
+        if said not in common
+    ]
 
 
 def _all_figures(results: dict[str, list[dict[str, float]]]) -> list[str]:

@@ -73,10 +73,13 @@ class LoadRun:
         *,
         vocab_size: int,
         target_of: TargetOf | None = None,
+        tells_targets: bool = True,
         max_open: int = MAX_OPEN,
         drain_s: float | None = None,
     ) -> None:
-        """`max_open` bounds sockets; reaching it is counted as lateness, never hidden. What is not
+        """Requests are held to `target_of`; the server learns of it if `tells_targets`.
+
+        `max_open` bounds sockets; reaching it is counted as lateness, never hidden. What is not
         answered `drain_s` after the last arrival is broken off, or not sent any more, and has no
         end; None waits for all.
         """
@@ -85,6 +88,7 @@ class LoadRun:
         self.sink = sink
         self.vocab_size = vocab_size
         self.target_of = target_of or (lambda _item: Target())
+        self.tells_targets = tells_targets
         self.drain_s = drain_s
         self.state = LoadState()
         self._room = asyncio.Semaphore(max_open)
@@ -170,7 +174,8 @@ class LoadRun:
         self._arrived(item, len(answer.prompt))
         self.state.num_sent += 1
         self.state.num_open += 1
-        pieces = stream(pool, self.endpoint, item, answer.prompt, self.target_of(item))
+        told = self.target_of(item) if self.tells_targets else Target()
+        pieces = stream(pool, self.endpoint, item, answer.prompt, told)
         try:
             await self._read(pieces, answer)
         except StreamRefused as refusal:

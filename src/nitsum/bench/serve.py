@@ -17,12 +17,16 @@ from nitsum.events import BothSinks
 from nitsum.metrics.eventfile import EventFile
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import Report, build_report
-from nitsum.metrics.targets import Target, Targets
+from nitsum.metrics.targets import Target, Targets, promised, promised_words
 from nitsum.workload.items import Segment, WorkItem
 
 LATE_S = 0.1
 """A generator that sends later than this measures itself; the report says so."""
 CANARY_TENANT = "canary"
+_DEFAULT_WORDS = (
+    f"what tiers promise by default ({promised_words()}); measure your own with `nitsum bench "
+    "serve --calibrate TARGETS.json`, and judge by them with --targets"
+)
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ async def run_load(
 ) -> Outcome:
     """Send `items`, record what comes back, judge it by `targets`; `drain_s` as `LoadRun` has it.
 
+    Without targets it is judged by what tiers promise by default, whatever the server promises and
+    whether or not it knows tiers, so that all servers are judged alike; the server is not told.
     Canaries (tenant `canary`) load the server but are reported apart, in the notes.
     """
 
     def target_of(item: WorkItem) -> Target:
-        return targets.of(item.tier, item.num_prompt) if targets else Target()
+        return targets.of(item.tier, item.num_prompt) if targets else promised(item.tier)
 
     recorder = Recorder()
     with EventFile(events) if events is not None else nullcontext() as file:
@@ -84,12 +90,19 @@ async def run_load(
             recorder if file is None else BothSinks(recorder, file),
             vocab_size=vocab_size,
             target_of=target_of,
+            tells_targets=targets is not None,
             max_open=max_open,
             drain_s=drain_s,
         )
         state = await run.run(on_progress)
     canaries = _take_canaries(recorder)
-    report = build_report(recorder, targets=targets, warmup_s=warmup_s, small_samples=small_samples)
+    report = build_report(
+        recorder,
+        targets=targets,
+        warmup_s=warmup_s,
+        small_samples=small_samples,
+        own_words=_DEFAULT_WORDS,
+    )
     notes = [*report.notes, *_generator_notes(state), *canaries]
     return Outcome(msgspec.structs.replace(report, notes=notes), recorder, state)
 

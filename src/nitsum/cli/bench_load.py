@@ -17,7 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nitsum.bench.calibrate import calibrate
-from nitsum.bench.compare import Side, compare, comparison_table, ratios, read_sides
+from nitsum.bench.compare import (
+    Side,
+    compare,
+    comparison_table,
+    note_lines,
+    ratios,
+    read_sides,
+)
 from nitsum.bench.load import LoadState
 from nitsum.bench.provenance import summary
 from nitsum.bench.serve import Outcome, find_endpoint, run_load, with_canaries
@@ -97,7 +104,13 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-tiers", action="store_true", help="leave service_tier out of requests")
     add("--vocab", type=int, default=30000, metavar="N", help="prompt token ids lie below")
     add("--max-tokens", type=int, default=0, help="prompt plus answer (default: the context)")
-    add("--targets", type=Path, metavar="TARGETS.json", help="what to judge by (see --calibrate)")
+    add(
+        "--targets",
+        type=Path,
+        metavar="TARGETS.json",
+        help="what to judge by, from `bench serve --calibrate` (default: what tiers promise by "
+        "default)",
+    )
     add("--warmup", type=seconds, default=0.0, metavar="SECONDS", help="arrivals left out")
     add(
         "--drain",
@@ -192,14 +205,21 @@ def _with_server(
 def run_compare(args: argparse.Namespace) -> int:
     """The same arrivals to every side, turn by turn."""
 
+    notes: dict[str, list[str]] = {}
+
     def measure(side: Side, url: str, number: int) -> Report:
         note(f"Round {number + 1}: {side.name} at {url}")
         endpoint, context = asyncio.run(_find(args, url))
-        return _load(args, endpoint, context, None).report
+        report = _load(args, endpoint, context, None).report
+        notes[side.name] = report.notes
+        return report
 
     sides = read_sides(args.sides)
     results = compare(sides, args.rounds, measure)
-    Console().print(comparison_table(results))
+    console = Console()
+    console.print(comparison_table(results))
+    for line in note_lines(notes):
+        console.print(line, style="dim", highlight=False)
     if args.json is not None:
         _write(args.json, _comparison(results))
     return 0

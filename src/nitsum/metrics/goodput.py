@@ -54,24 +54,41 @@ def judged(records: Iterable[RequestRecord], window: Window) -> list[RequestReco
     return [r for r in records if window.holds(r.arrival_s) and r.outcome != "abort"]
 
 
+def held(records: Iterable[RequestRecord], target_of: TargetOf) -> list[RequestRecord]:
+    """Those of tiers that have targets. Of one that has none, all would be in time."""
+    tiers = by_tier(records).values()
+    return [record for tier in tiers if _has_targets(tier, target_of) for record in tier]
+
+
+def _has_targets(tier: Iterable[RequestRecord], target_of: TargetOf) -> bool:
+    """An engine refuses before it sets any: where it did nothing else, nobody knows."""
+    accepted = [record for record in tier if record.outcome != "refused"]
+    return not accepted or any(target_of(record) != Target() for record in accepted)
+
+
 class Attainment(NamedTuple):
     num_requests: int
+    num_held: int
+    """Of tiers that have targets."""
     num_met: int
     window_s: float
 
     @property
     def share(self) -> float | None:
-        return self.num_met / self.num_requests if self.num_requests else None
+        return self.num_met / self.num_held if self.num_held else None
 
     @property
     def goodput_per_s(self) -> float | None:
-        return self.num_met / self.window_s if self.window_s > 0 else None
+        """None where no tier has targets."""
+        is_known = self.num_held > 0 or not self.num_requests
+        return self.num_met / self.window_s if is_known and self.window_s > 0 else None
 
 
 def attainment(records: Sequence[RequestRecord], window: Window, target_of: TargetOf) -> Attainment:
     """How many of `records` (already judged) met their targets; refused ones did not."""
-    num_met = sum(met(record, target_of(record)) for record in records)
-    return Attainment(len(records), num_met, window.length_s)
+    those = held(records, target_of)
+    num_met = sum(met(record, target_of(record)) for record in those)
+    return Attainment(len(records), len(those), num_met, window.length_s)
 
 
 def by_tier(records: Iterable[RequestRecord]) -> dict[str, list[RequestRecord]]:

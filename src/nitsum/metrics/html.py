@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nitsum.metrics.goodput import Window, judged
+from nitsum.metrics.goodput import Window, held, judged
 from nitsum.metrics.records import Recorder, SwitchRecord
 from nitsum.metrics.report import Report, print_report
 from nitsum.metrics.series import (
@@ -62,7 +62,8 @@ def _plots(run: Recorder, window: Window, targets: Targets | None) -> Iterable[s
     yield "<h2>Requests waiting for their first step</h2>"
     yield line_plot(queue_depth(everything, window), window, switches)
     yield "<h2>Share of arrivals that met their targets</h2>"
-    reached = attainment_over_time(judged(everything, window), window, target_of)
+    records = held(judged(everything, window), target_of)
+    reached = attainment_over_time(records, window, target_of)
     yield line_plot(reached, window, switches, top=1.0)
     yield "<h2>Answer tokens per second</h2>"
     yield line_plot([token_rate(run.steps, window)], window, switches)

@@ -17,6 +17,7 @@ from nitsum.metrics.goodput import (
     attainment,
     by_tier,
     chains,
+    held,
     judged,
 )
 from nitsum.metrics.percentiles import MIN_SAMPLES_P99, Summary, summarise
@@ -104,8 +105,10 @@ def build_report(
     end_s: float | None = None,
     small_samples: bool = False,
     work_of: WorkOf | None = None,
+    own_words: str = "each request's own, as the server set them",
 ) -> Report:
-    """Judge a run by `targets`, or without any by what each request was held to on arrival.
+    """Judge a run by `targets`, or without any by what each request was held to on arrival, which
+    is `own_words`. A tier of requests that were held to nothing is not judged.
 
     Requests are judged by the tier they asked for. Those that arrived in the first `warmup_s`, or
     after `end_s`, are left out of everything but switches. `small_samples` allows a P99 from fewer
@@ -137,7 +140,11 @@ def build_report(
         ranks=rank_use(run.steps, window, work_of),
         step_prediction_error=prediction_error(run.steps),
         num_restarts=len(run.restarts),
-        notes=_notes(everything, records, window, small_samples, targets),
+        notes=[
+            f"targets: {own_words if targets is None else f'file ({targets.source})'}",
+            *_notes(everything, records, window, small_samples),
+            *_free_notes(records, target_of),
+        ],
     )
 
 
@@ -237,13 +244,9 @@ def _notes(
     records: Sequence[RequestRecord],
     window: Window,
     small_samples: bool,
-    targets: Targets | None,
 ) -> list[str]:
     """What a reader must know to judge the numbers."""
-    held_to = (
-        f"file ({targets.source})" if targets else "each request's own, as the server set them"
-    )
-    notes = [f"targets: {held_to}"]
+    notes: list[str] = []
     early = sum(r.arrival_s < window.start_s for r in everything)
     if early:
         notes.append(f"warm-up: {early} requests left out")
@@ -258,6 +261,11 @@ def _notes(
     if small_samples:
         notes.append(f"P99 also from fewer than {MIN_SAMPLES_P99} samples, as asked")
     return notes
+
+
+def _free_notes(records: Sequence[RequestRecord], target_of: TargetOf) -> list[str]:
+    tiers = by_tier(records).keys() - by_tier(held(records, target_of)).keys()
+    return [f"{tier}: no targets; left out of goodput and attainment" for tier in sorted(tiers)]
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -304,7 +312,7 @@ def _rank_words(rank: RankUse) -> str:
 def _headline(report: Report) -> str:
     return (
         f"{report.num_requests} requests in {report.window.length_s:.1f} s: "
-        f"goodput {_number(report.goodput_per_s)}/s, attainment {_percent(report.attainment)}, "
+        f"goodput {_number(report.goodput_per_s)}/s, attainment {_attained(report)}, "
         f"{_number(report.output_tokens_per_s)} output tok/s"
     )
 
@@ -317,7 +325,7 @@ def _tier_table(report: Report) -> Table:
         table.add_row(
             tier.tier,
             str(tier.num_requests),
-            _percent(tier.attainment),
+            _attained(tier),
             _number(tier.goodput_per_s),
             _percentiles(tier.ttft_s),
             _percentiles(tier.tpot_s),
@@ -373,6 +381,13 @@ def _seconds(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _attained(part: Report | TierReport) -> str:
+    """Of requests that there were."""
+    if part.attainment is None and part.num_requests:
+        return "no targets"
+    return _percent(part.attainment)
 
 
 def _percent(value: float | None) -> str:

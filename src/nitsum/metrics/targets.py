@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from nitsum.errors import ConfigError
+from nitsum.errors import ApiError, ConfigError
 from nitsum.metrics.records import RequestRecord
 from nitsum.plan import Group, Lane
 from nitsum.step import BatchShape
-from nitsum.tier import Tier
+from nitsum.tier import Tier, TierSet
 
 DECODE_CONTEXT_TOKENS = 1024
 LARGE_BATCH = 128
@@ -93,6 +93,25 @@ class Targets(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def own_target(record: RequestRecord) -> Target:
     """What the server held the request to when it arrived."""
     return Target(record.ttft_target_s, record.tpot_target_s, record.deadline_s)
+
+
+def promised(tier: str) -> Target:
+    """What a tier of this name promises unless a server says otherwise; nothing if unknown."""
+    try:
+        found = TierSet().resolve(tier)
+    except ApiError:
+        return Target()
+    return Target(found.ttft_s, found.tpot_s, found.deadline_s)
+
+
+def promised_words() -> str:
+    """`priority 0.3 s and 50 ms a token, ...`: what `promised` says, for people."""
+    return ", ".join(
+        f"{tier.name} {tier.deadline_s:g} s in all"
+        if tier.ttft_s is None or tier.tpot_s is None
+        else f"{tier.name} {tier.ttft_s:g} s and {1e3 * tier.tpot_s:g} ms a token"
+        for tier in TierSet().ordered
+    )
 
 
 def held_to(tiers: tuple[Tier, ...], targets: Targets) -> tuple[Tier, ...]:

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from nitsum.bench.calibrate import calibrate, prompt_lengths
-from nitsum.bench.compare import comparison_table, ratios, read_sides
+from nitsum.bench.compare import comparison_table, note_lines, ratios, read_sides
 from nitsum.bench.serve import find_endpoint, run_load, with_canaries
 from nitsum.cli import main
 from nitsum.engine.fake_client import FakeEngineClient, echo
@@ -149,6 +149,22 @@ def test_the_server_is_told_how_soon_a_request_is_wanted(fake: FakeEngineClient,
     assert outcome.recorder.requests["r"].ttft_target_s == asked_s
 
 
+def test_without_targets_a_tier_s_default_promise_is_the_measure(tmp_path: Path):
+    """The server is told nothing: it may have promised something else."""
+    slow = FakeEngineClient(delay_s=0.12)  # 100 ms a token is what `default` promises
+    items = [item("paced"), item("deadline", tier="batch")]
+    with served(slow, tmp_path) as url:
+        outcome = load(url, items)
+    by_tier = {tier.tier: tier.attainment for tier in outcome.report.tiers}
+    assert by_tier == {"default": 0.0, "batch": 1.0}
+    assert outcome.report.attainment == 0.5
+    assert slow.requests[0].ttft_target_s is None
+    said = outcome.report.notes[0]
+    assert "what tiers promise by default" in said
+    assert "default 2 s and 100 ms a token" in said
+    assert "nitsum bench serve --calibrate" in said
+
+
 def test_refusals_and_downgrades_are_recorded(tmp_path: Path):
     with served(FakeEngineClient(tier=lambda _request: ("default", "capacity")), tmp_path) as url:
         outcome = load(url, [item("asked", tier="priority")])
@@ -258,6 +274,21 @@ def test_ratios_are_to_the_first_side_round_by_round():
     results = {"a": [{"x": 2.0}, {"x": 4.0}], "b": [{"x": 3.0}, {"x": 2.0}]}
     assert ratios(results, "x") == {"b": [1.5, 0.5]}
     assert comparison_table(results).row_count == 0
+
+
+def test_notes_of_all_sides_are_said_once():
+    notes = {"a": ["targets: t", "late"], "b": ["targets: t"]}
+    assert note_lines(notes) == ["note: targets: t", "note, a: late"]
+
+
+def test_a_comparison_says_what_it_is_judged_by(
+    fake: FakeEngineClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    load = ["--trace", "synthetic:azure_code", "--rate", "10", "--duration", "1", "--vocab", "200"]
+    with served(fake, tmp_path) as url:
+        code = main(["bench", "compare", f"a={url}", f"b={url}", "--rounds", "1", *load])
+    assert code == 0
+    assert capsys.readouterr().out.count("what tiers promise by default") == 1
 
 
 @pytest.mark.parametrize("entries", [["a=http://x"], ["a=m", "a=n"], ["http://x", "b=m"]])

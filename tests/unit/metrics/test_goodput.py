@@ -17,7 +17,15 @@ from nitsum.cost.shapes import SHAPES
 from nitsum.errors import ConfigError
 from nitsum.events import AnyEvent, Refused
 from nitsum.metrics.fairness import merged, service_gaps
-from nitsum.metrics.goodput import Window, arrival_window, attainment, chains, judged, met
+from nitsum.metrics.goodput import (
+    Attainment,
+    Window,
+    arrival_window,
+    attainment,
+    chains,
+    judged,
+    met,
+)
 from nitsum.metrics.records import Recorder, RequestRecord
 from nitsum.metrics.targets import (
     Target,
@@ -26,6 +34,7 @@ from nitsum.metrics.targets import (
     default_targets,
     load_targets,
     own_target,
+    promised,
     save_targets,
 )
 from nitsum.plan import Group, Lane
@@ -85,7 +94,7 @@ def test_warmup_leaves_early_arrivals_out() -> None:
 
 def test_refused_and_unfinished_requests_count_as_missed_aborted_ones_not_at_all() -> None:
     events = [
-        arrived("late", 1.0),
+        arrived("late", 1.0, ttft_target_s=1.0),
         Refused(at_s=2.0, request_id="no", tier="flex", code="rate_limit_exceeded"),
         arrived("gone", 3.0),
         finished("gone", 3.5, reason="abort"),
@@ -94,6 +103,34 @@ def test_refused_and_unfinished_requests_count_as_missed_aborted_ones_not_at_all
     window = Window(0.0, 10.0)
     reached = attainment(judged(records, window), window, own_target)
     assert (reached.num_requests, reached.num_met) == (2, 0)
+
+
+def test_a_tier_that_was_held_to_nothing_is_not_judged() -> None:
+    """All of it would be in time. Where nothing but refusals is known, they are missed."""
+    lives = [
+        life("free", 0.0, [0.5], tier="own", tier_asked="own"),
+        life("held", 1.0, [1.5], ttft_target_s=0.4),
+        [Refused(at_s=2.0, request_id="no", tier="flex", code="over_capacity")],
+    ]
+    records = list(Recorder(in_order(*lives)).requests.values())
+    window = Window(0.0, 10.0)
+    assert attainment(records, window, own_target) == Attainment(3, 2, 0, 10.0)
+    free = attainment(records[:1], window, own_target)
+    assert (free.share, free.goodput_per_s) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("tier", "target"),
+    [
+        ("priority", Target(0.3, 0.05)),
+        ("fast", Target(0.3, 0.05)),
+        ("auto", Target(2.0, 0.1)),
+        ("batch", Target(deadline_s=1800.0)),
+        ("gold", Target()),
+    ],
+)
+def test_what_a_tier_promises_by_default(tier: str, target: Target) -> None:
+    assert promised(tier) == target
 
 
 def test_nothing_arrived() -> None:

@@ -83,6 +83,19 @@ def test_a_targets_file_replaces_the_server_s_own() -> None:
     assert "fake" in report.notes[0]
 
 
+def test_no_targets_is_said_where_a_share_would_be() -> None:
+    lives = [life(f"r{i}", float(i), [i + 0.5], tier_asked="own") for i in range(3)]
+    report = build_report(Recorder(in_order(*lives)))
+    assert (report.attainment, report.tiers[0].attainment) == (None, None)
+    assert "own: no targets; left out of goodput and attainment" in report.notes
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=160))
+    assert "goodput -/s, attainment no targets" in out.getvalue()
+    assert "│ no targets │" in out.getvalue()
+    page = render(report, Recorder(in_order(*lives)), title="own")
+    assert "<polyline" not in page.split("met their targets</h2>")[1].split("<h2>")[0]
+
+
 def test_warmup_is_left_out_and_said() -> None:
     report = build_report(example(), warmup_s=2.5)
     assert report.num_requests == 7
