@@ -23,6 +23,7 @@ from nitsum.workload.items import Segment, WorkItem
 LATE_S = 0.1
 """A generator that sends later than this measures itself; the report says so."""
 CANARY_TENANT = "canary"
+CANARY_TIER = "default"
 _DEFAULT_WORDS = (
     f"what tiers promise by default ({promised_words()}); measure your own with `nitsum bench "
     "serve --calibrate TARGETS.json`, and judge by them with --targets"
@@ -125,7 +126,7 @@ def _canary(at_s: float) -> WorkItem:
         request_id=request_id,
         at_s=at_s,
         num_output=8,
-        tier="default",
+        tier=CANARY_TIER,
         tenant=CANARY_TENANT,
         segments=(Segment(request_id, 32),),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nitsum.cli import (
+    bench_compare,
     bench_control,
     bench_engine,
     bench_first,
@@ -48,14 +49,14 @@ _MEASUREMENTS = (
     (
         "serve",
         "latency and goodput of a running server under a workload",
-        bench_load.add_serve_arguments,
-        bench_load.run_serve,
+        bench_load.add_arguments,
+        bench_load.run,
     ),
     (
         "compare",
         "several servers under the same arrivals, turn by turn",
-        bench_load.add_compare_arguments,
-        bench_load.run_compare,
+        bench_compare.add_arguments,
+        bench_compare.run,
     ),
     (
         "soak",

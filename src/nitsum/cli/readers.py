@@ -7,10 +7,10 @@ of a sentence: what is expected.
 from __future__ import annotations
 
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import yaml
@@ -23,6 +23,8 @@ Reader = Callable[[object], T]
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_FILES = (".yaml", ".yml", ".json")
+_WEIGHTS_EXPECTED = "weights by tier are expected, such as priority=1,default=3"
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 _BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
 
@@ -87,6 +89,39 @@ def amount(value: object) -> float:
         raise ValueError("an amount of at least 0 is expected, such as 2 or 0.15") from None
 
 
+def number(value: object) -> float:
+    """A number above 0."""
+    try:
+        found = float(str(value))
+    except ValueError:
+        found = 0.0
+    if 0.0 < found < float("inf"):
+        return found
+    raise ValueError("a number above 0 is expected")
+
+
+def weights(value: object) -> tuple[tuple[str, float], ...]:
+    """Weights by tier: `priority=1,default=3`, a mapping, or a YAML file that holds one."""
+    if isinstance(value, str) and Path(value).suffix.lower() in _FILES:
+        value = load_yaml(Path(value))
+        _check_weights_file(value)
+    elif isinstance(value, str) and "=" in value:
+        pairs = [entry.partition("=") for entry in value.split(",")]
+        value = {name.strip(): weight for name, _, weight in pairs}
+    if not isinstance(value, dict) or not value:
+        raise ValueError(_WEIGHTS_EXPECTED)
+    mapping = cast(dict[object, object], value)
+    return tuple((str(name), number(weight)) for name, weight in mapping.items())
+
+
+def _check_weights_file(content: object) -> None:
+    """Files that are easily taken for one of weights."""
+    if isinstance(content, dict) and "streams" in content:
+        raise ValueError(f"{_WEIGHTS_EXPECTED} (a mix is given as --trace mix:FILE)")
+    if isinstance(content, list):
+        raise ValueError(f"{_WEIGHTS_EXPECTED} (a list of tiers is for `nitsum serve --tiers`)")
+
+
 def size_bytes(value: object) -> int:
     """A size: bytes as a number, or with a unit, such as 256MiB."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -123,7 +158,7 @@ def entries(value: object) -> tuple[object, ...]:
         return tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a list, the name of a YAML file, or comma-separated entries are expected")
-    if Path(value).suffix.lower() in {".yaml", ".yml", ".json"}:
+    if Path(value).suffix.lower() in _FILES:
         return _entries_of_file(Path(value))
     return tuple(entry.strip() for entry in value.split(",") if entry.strip())
 
@@ -145,6 +180,18 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def flag(read: Reader[T]) -> Callable[[str], T]:
+    """A reader as the type of a flag: what is wrong is said in its words."""
+
+    def convert(value: str) -> T:
+        try:
+            return read(value)
+        except ValueError as error:
+            raise ArgumentTypeError(f"{error}, not {value!r}") from None
+
+    return convert
 
 
 def check_positive(args: Namespace, *names: str) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from nitsum.cli.readers import (
     boolean,
     entries,
-    load_yaml,
+    number,
     one_of,
     seconds,
     size_bytes,
     text,
+    weights,
     whole_number,
 )
 from nitsum.cli.settings import StepSizes, by_device
@@ -39,33 +39,9 @@ from nitsum.sim.system import (
 )
 
 
-def number(value: object) -> float:
-    """A number above 0."""
-    try:
-        found = float(str(value))
-    except ValueError:
-        found = 0.0
-    if 0.0 < found < float("inf"):
-        return found
-    raise ValueError("a number above 0 is expected")
-
-
 def numbers(value: object) -> tuple[float, ...]:
     """Numbers above 0, comma-separated or as a list."""
     return tuple(number(entry) for entry in entries(value))
-
-
-def weights(value: object) -> tuple[tuple[str, float], ...]:
-    """Weights by tier: `priority=1,default=3`, a mapping, or a YAML file that holds one."""
-    if isinstance(value, str) and Path(value).suffix.lower() in {".yaml", ".yml", ".json"}:
-        value = load_yaml(Path(value))
-    if isinstance(value, str):
-        pairs = [entry.partition("=") for entry in value.split(",")]
-        value = {name.strip(): weight for name, _, weight in pairs}
-    if not isinstance(value, dict) or not value:
-        raise ValueError("weights by tier are expected, such as priority=1,default=3")
-    mapping = cast(dict[object, object], value)
-    return tuple((str(name), number(weight)) for name, weight in mapping.items())
 
 
 @dataclass(frozen=True, kw_only=True)

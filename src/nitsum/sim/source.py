@@ -26,6 +26,8 @@ def read_source(
     `duration_s` 0 takes the mix's own, or 600 s. Raises `ConfigError` saying what is wrong.
     """
     if text.startswith(MIX):
+        if tiers:
+            raise ConfigError(f"{text} names the tiers of its streams: leave --tiers out.")
         spec = load_mix(text.removeprefix(MIX))
         duration_s = duration_s or spec.duration_s
     else:

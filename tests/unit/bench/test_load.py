@@ -17,11 +17,12 @@ from nitsum.bench.calibrate import calibrate, prompt_lengths
 from nitsum.bench.compare import comparison_table, note_lines, ratios, read_sides
 from nitsum.bench.serve import find_endpoint, run_load, with_canaries
 from nitsum.cli import main
+from nitsum.cost.protocol import FixedCost
 from nitsum.engine.fake_client import FakeEngineClient, echo
 from nitsum.errors import ConfigError, NitsumError
 from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.targets import Targets, TierRule
+from nitsum.metrics.targets import Targets, TierRule, default_targets, save_targets
 from nitsum.request import Request
 from nitsum.server.app import build_app
 from nitsum.server.settings import ServerSettings
@@ -219,6 +220,13 @@ def bench_serve(url: str, *more: str | Path) -> int:
         (["--server-model", "Llama-3.1-8B"], "needs --server-events"),
         (["--summary", "nowhere/out.json"], "no folder nowhere"),
         (["--html", "nowhere/out.html"], "no folder nowhere"),
+        (["--trace", "nowhere.csv"], "No trace 'nowhere.csv'"),
+        (["--trace", "bad.jsonl"], "bad.jsonl"),
+        (["--trace", "mix:unheard"], "No mix 'unheard'"),
+        (["--trace", "mix:gentle", "--tiers", "flex=1"], "leave --tiers out"),
+        (["--rate", "0.001"], "nothing arrives in 1 s"),
+        (["--targets", "none.json"], "Cannot read targets none.json"),
+        (["--targets", "targets.json", "--tiers", "gold=1"], "no rule for tier 'gold'"),
     ],
 )
 def test_what_could_spoil_the_report_is_said_before_the_load(
@@ -233,6 +241,8 @@ def test_what_could_spoil_the_report_is_said_before_the_load(
     Path("other.txt").write_text("a letter\n")
     Path("run.jsonl.gz").write_bytes(b"")
     Path("engine.jsonl").write_text("")
+    Path("bad.jsonl").write_text("nonsense")
+    save_targets(default_targets(FixedCost(0.01, 1e-4), 1, "fake"), Path("targets.json"))
     assert bench_serve("http://127.0.0.1:9", *flags) == 2
     assert said in capsys.readouterr().err
 

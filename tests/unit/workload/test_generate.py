@@ -19,7 +19,7 @@ from nitsum.workload.items import WorkItem
 from nitsum.workload.lengths import Quantiles, length_tables, lengths_named
 from nitsum.workload.spec import load_mix, read_mix, scaled
 
-MIXES = ("agents", "burst", "calm", "flip")
+MIXES = ("agents", "burst", "calm", "flip", "gentle")
 CHAT: dict[str, Any] = {
     "name": "chat",
     "rate_per_s": 10,
@@ -271,7 +271,7 @@ def test_wrong_mixes_say_what_is_wrong(change: dict[str, Any], message: str) -> 
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Packaged: agents, burst, calm, flip"):
+    with pytest.raises(ConfigError, match="Packaged: agents, burst, calm, flip, gentle"):
         load_mix("nope")
     path = tmp_path / "mix.yaml"
     path.write_text("a: [")
