@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 from rich.table import Table
 
@@ -18,8 +19,13 @@ from nitsum.errors import ConfigError, NitsumError
 from nitsum.metrics.figures import figures
 from nitsum.metrics.report import Report
 
-SHOWN = re.compile(
-    r"(.*_)?goodput_requests_per_s|(.*_)?attainment_share|output_tokens_per_s|.*_(ttft|tpot)_p(50|99)_s"
+_LABELS = {
+    "goodput_requests_per_s": "goodput, 1/s",
+    "attainment_share": "share in time",
+    "output_tokens_per_s": "output tokens/s",
+}
+_SHOWN = re.compile(
+    rf"((?P<tier>.*)_)?((?P<figure>{'|'.join(_LABELS)})|(?P<time>ttft|tpot)_p(?P<percent>50|99)_s)"
 )
 _STOP_S = 60.0
 
@@ -115,15 +121,47 @@ def ratios(results: dict[str, list[dict[str, float]]], figure: str) -> dict[str,
 
 
 def comparison_table(results: dict[str, list[dict[str, float]]]) -> Table:
-    """Medians over the rounds with their range; ratios to the first side."""
+    """Medians over the rounds with their range; ratios to the first side. A line for each side."""
     names = list(results)
-    shown = [figure for figure in _all_figures(results) if SHOWN.fullmatch(figure)]
-    table = Table("figure", *names, *(f"{name} / {names[0]}" for name in names[1:]))
-    for figure in shown:
-        cells = [_spread([run[figure] for run in results[name] if figure in run]) for name in names]
-        over = ratios(results, figure)
-        table.add_row(figure, *cells, *(_spread(over[name]) for name in names[1:]))
+    table = Table()
+    table.add_column("figure", overflow="fold")
+    table.add_column("side", overflow="fold")
+    table.add_column("median (range)", justify="right", overflow="fold")
+    table.add_column(f"over {names[0]}", justify="right", overflow="fold")
+    for figure in _all_figures(results):
+        found = _shown(figure)
+        if found is not None:
+            _add_rows(table, results, figure, found)
     return table
+
+
+def _add_rows(
+    table: Table, results: dict[str, list[dict[str, float]]], figure: str, shown: Shown
+) -> None:
+    over = ratios(results, figure)
+    for name, rounds in results.items():
+        values = [shown.scale * run[figure] for run in rounds if figure in run]
+        label = "" if name in over else shown.label
+        table.add_row(label, name, _spread(values), _spread(over[name]) if name in over else "")
+    table.add_section()
+
+
+class Shown(NamedTuple):
+    """A figure as the table has it."""
+
+    label: str
+    scale: float
+
+
+def _shown(figure: str) -> Shown | None:
+    """None for figures that are left to the JSON."""
+    match = _SHOWN.fullmatch(figure)
+    if match is None:
+        return None
+    tier = f"{match['tier']} " if match["tier"] else ""
+    if match["time"]:
+        return Shown(f"{tier}{match['time'].upper()} P{match['percent']}, ms", 1e3)
+    return Shown(tier + _LABELS[match["figure"]], 1.0)
 
 
 def note_lines(notes: Mapping[str, Sequence[str]]) -> list[str]:

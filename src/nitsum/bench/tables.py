@@ -13,7 +13,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """The first column names things; the others are figures."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        justify = "right" if index else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
     _console().print(table)

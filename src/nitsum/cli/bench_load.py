@@ -31,7 +31,8 @@ from nitsum.metrics.eventfile import read_events
 from nitsum.metrics.figures import figures
 from nitsum.metrics.html import save_html
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import print_report, with_server
+from nitsum.metrics.report import with_server
+from nitsum.metrics.tables import print_report
 from nitsum.metrics.targets import save_targets
 from nitsum.shape import Geometry, ModelShape
 

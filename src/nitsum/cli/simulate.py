@@ -28,7 +28,7 @@ from nitsum.metrics.eventfile import EventFile, read_events
 from nitsum.metrics.figures import figures
 from nitsum.metrics.html import save_html
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import print_report
+from nitsum.metrics.tables import print_report
 from nitsum.metrics.targets import Targets, load_targets, save_targets
 from nitsum.sim.page import save_page
 from nitsum.sim.replay import compare, items_of, pair_figures, step_pairs, step_points

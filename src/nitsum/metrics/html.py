@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nitsum.metrics.goodput import Window, held, judged
 from nitsum.metrics.records import Recorder, SwitchRecord
-from nitsum.metrics.report import Report, print_report
+from nitsum.metrics.report import Report
 from nitsum.metrics.series import (
     LaneSpan,
     Series,
@@ -20,6 +20,7 @@ from nitsum.metrics.series import (
     queue_depth,
     token_rate,
 )
+from nitsum.metrics.tables import print_report
 from nitsum.metrics.targets import Targets, own_target
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 900, 180, 56, 22

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from rich.console import Console
 
 from nitsum.bench.calibrate import calibrate, prompt_lengths
 from nitsum.bench.compare import comparison_table, note_lines, ratios, read_sides
@@ -284,6 +286,20 @@ def test_ratios_are_to_the_first_side_round_by_round():
     results = {"a": [{"x": 2.0}, {"x": 4.0}], "b": [{"x": 3.0}, {"x": 2.0}]}
     assert ratios(results, "x") == {"b": [1.5, 0.5]}
     assert comparison_table(results).row_count == 0
+
+
+def test_comparisons_are_whole_on_narrow_pages():
+    tall = {"priority_ttft_p50_s": 0.01822, "goodput_requests_per_s": 12.345}
+    results = {"ours": [tall, tall], "another_server": [{k: 1.2 * v for k, v in tall.items()}] * 2}
+    out = io.StringIO()
+    Console(file=out, width=80).print(comparison_table(results))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    (first,) = [line for line in text.splitlines() if "priority TTFT P50, ms" in line]
+    assert "│ ours" in first
+    assert "18.2 (18.2..18.2)" in first
+    assert "21.9 (21.9..21.9) │ 1.2 (1.2..1.2)" in text
 
 
 def test_notes_of_all_sides_are_said_once():

@@ -18,7 +18,7 @@ from nitsum.metrics.goodput import Window
 from nitsum.metrics.html import render, save_html
 from nitsum.metrics.ranks import rank_use
 from nitsum.metrics.records import Recorder
-from nitsum.metrics.report import Report, build_report, print_report, save_report, with_server
+from nitsum.metrics.report import Report, build_report, save_report, with_server
 from nitsum.metrics.series import (
     lane_spans,
     output_tokens,
@@ -27,6 +27,7 @@ from nitsum.metrics.series import (
     queue_depth,
     token_rate,
 )
+from nitsum.metrics.tables import print_report
 from nitsum.metrics.targets import default_targets
 from nitsum.plan import Group
 from nitsum.step import RankTime, StepWork
@@ -121,8 +122,23 @@ def test_the_text_names_tiers_switches_and_withholds_p99() -> None:
     assert "priority" in text
     assert "2xTP1 -> TP2" in text
     assert "goodput 1/s" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("│ priority")]
-    assert row.count("/- ms") == 2
+    requests, latency = [line for line in text.splitlines() if line.startswith("│ priority")]
+    assert requests.split("│")[2:4] == ["        5 ", " 100.0% "]
+    assert latency.count("/- ms") == 2
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_narrow_pages_have_all_of_a_report(width: int) -> None:
+    out = io.StringIO()
+    print_report(build_report(example(), small_samples=True), Console(file=out, width=width))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    wide = io.StringIO()
+    print_report(build_report(example(), small_samples=True), Console(file=wide, width=200))
+    if width == 80:
+        rows = [line for line in wide.getvalue().splitlines() if line.startswith("│")]
+        assert [row for row in rows if row not in text] == []
 
 
 def test_who_kept_a_tier_without_a_promise_is_counted() -> None:
