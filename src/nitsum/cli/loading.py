@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nitsum.bench import canary
 from nitsum.bench.load import LoadState
-from nitsum.bench.serve import CANARY_TIER, Outcome, find_endpoint, run_load, with_canaries
+from nitsum.bench.serve import Outcome, find_endpoint, run_load
 from nitsum.bench.stream_client import Endpoint
 from nitsum.cli.progress import note
 from nitsum.cli.readers import flag, number, seconds, weights
@@ -111,7 +112,7 @@ def check_load(args: argparse.Namespace) -> None:
     targets = targets_of(args)
     if targets is not None:
         tiers = {tier for stream in spec.streams for tier in stream.tiers}
-        for tier in sorted(tiers | {CANARY_TIER} if args.canary else tiers):
+        for tier in sorted(tiers | {canary.TIER} if args.canary else tiers):
             targets.of(tier, 1)
 
 
@@ -148,7 +149,9 @@ def send_load(
     items = list(generate(spec))
     if says_what:
         note(load_words(args.trace, items, spec.duration_s, args.drain))
-    arrivals = with_canaries(items, args.canary, spec.duration_s) if args.canary else items
+    arrivals = items
+    if args.canary:
+        arrivals = canary.with_canaries(items, args.canary, spec.duration_s)
     with _Meter(spec.duration_s) as meter, asyncio.Runner(loop_factory=loop_factory()) as runner:
         outcome = runner.run(
             run_load(

@@ -46,7 +46,9 @@ MAX_ROWS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a known shape such as Llama-3.1-70B, or a checkpoint folder")
+    parser.add_argument(
+        "model", help="a known shape such as Llama-3.1-70B, demo, or a checkpoint folder"
+    )
     parser.add_argument("--machine", default="8xH100-80GB", help="GPUs (default: 8xH100-80GB)")
     parser.add_argument(
         "--cost",

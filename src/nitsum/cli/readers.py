@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -141,13 +141,18 @@ def boolean(value: object) -> bool:
     raise ValueError("true or false is expected")
 
 
-def one_of(*choices: str) -> Reader[Any]:
-    """One of the given words (typed `Any` because a `Literal` cannot be passed as a type)."""
+def one_of(*choices: str, elsewhere: Mapping[str, str] | None = None) -> Reader[Any]:
+    """One of the given words (typed `Any` because a `Literal` cannot be passed as a type).
+
+    `elsewhere` has words that another flag is for, with that flag.
+    """
 
     def read(value: object) -> str:
         if isinstance(value, str) and value in choices:
             return value
-        raise ValueError(f"one of {', '.join(choices)} is expected")
+        flag = (elsewhere or {}).get(str(value))
+        hint = f" ({value} is said with {flag})" if flag else ""
+        raise ValueError(f"one of {', '.join(choices)} is expected{hint}")
 
     return read
 

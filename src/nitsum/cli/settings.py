@@ -225,14 +225,23 @@ class ServeSettings(ModelSettings):
         "URL",
     )
     policy: Literal["nitsum", "priority", "fcfs"] = setting(
-        one_of("nitsum", "priority", "fcfs"),
+        one_of(
+            "nitsum",
+            "priority",
+            "fcfs",
+            elsewhere={word: f"--controller {word}" for word in ("static", "adaptive")},
+        ),
         "nitsum",
         "how lanes order their work; priority (by tier, then by arrival) and fcfs (by arrival) are "
         "what to compare with",
         "POLICY",
     )
     controller: Literal["static", "adaptive"] = setting(
-        one_of("static", "adaptive"),
+        one_of(
+            "static",
+            "adaptive",
+            elsewhere={word: f"--policy {word}" for word in ("nitsum", "priority", "fcfs")},
+        ),
         "static",
         "adaptive: change plans when that pays; static: only when told to",
         "WHO",

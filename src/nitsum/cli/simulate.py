@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from nitsum.bench.canary import take_canaries
 from nitsum.bench.provenance import summary
 from nitsum.cli.simulate_settings import SimulateSettings, build_site, build_systems, read_switches
 from nitsum.cli.sources import add_flags, settings_or_error
@@ -106,10 +107,12 @@ def _run_twin(settings: SimulateSettings, systems: list[System], targets: Target
     if settings.save_cost:
         _save_adjusted(settings, served)
     result = _simulated(settings, systems[0], items_of(served), targets)
+    take_canaries(served)
+    canaries = take_canaries(result.recorder)
     pairs = compare(served, result.recorder, targets=targets, warmup_s=settings.warmup)
     if not pairs:
         raise ConfigError("No request was answered both times after the warm-up.")
-    _report(settings, result, targets, pair_figures(pairs))
+    _report(settings, result, targets, pair_figures(pairs), canaries)
     if not settings.json:
         console = Console(highlight=False, soft_wrap=True)
         console.print(pair_table(pairs))
@@ -160,9 +163,11 @@ def _report(
     result: SimResult,
     targets: Targets | None,
     more: dict[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """The figures of a run; `more` are known of it by other means."""
+    """The figures of a run; `more` figures and `notes` are known of it by other means."""
     report = result.report(targets, warmup_s=settings.warmup, small_samples=settings.small_samples)
+    report = msgspec.structs.replace(report, notes=[*report.notes, *notes])
     if settings.html:
         title = f"Simulated: {settings.model} on {settings.machine}, {result.system.name}"
         save_html(report, result.recorder, Path(settings.html), title=title, targets=targets)

@@ -49,7 +49,9 @@ class SimulateSettings(StepSizes):
     """Model and machine, what is served how, what arrives, and what to write."""
 
     model: str = setting(
-        text, "", "a known shape such as Llama-3.1-70B, a checkpoint folder or its config.json"
+        text,
+        "",
+        "a known shape such as Llama-3.1-70B, demo, a checkpoint folder or its config.json",
     )
     machine: str = setting(text, "8xA100-80GB", "GPUs, such as 8xA100-80GB or 4xCPU")
     plan: str = setting(text, "", "the plan to begin with; alone: the only one (a static layout)")
@@ -57,7 +59,14 @@ class SimulateSettings(StepSizes):
         entries, (), "plans to hold ready: a YAML file or shorthand", "FILE|PLAN,..."
     )
     policy: Literal["fcfs", "priority", "nitsum"] = setting(
-        one_of("fcfs", "priority", "nitsum"), "nitsum", "fcfs, priority or nitsum"
+        one_of(
+            "fcfs",
+            "priority",
+            "nitsum",
+            elsewhere={"static": "--no-control", "adaptive": "--control"},
+        ),
+        "nitsum",
+        "fcfs, priority or nitsum",
     )
     against: tuple[object, ...] = setting(
         entries, (), "also simulate these on the same arrivals, e.g. TP8:fcfs", "PLAN:POLICY,..."

@@ -77,6 +77,10 @@ SHAPES = {
 }
 
 
+DEMO_NAME = "demo"
+"""The model of `nitsum serve demo`."""
+
+
 def shape_named(name: str) -> ModelShape:
     """A shape by name, or read from a checkpoint folder or a `config.json`.
 
@@ -91,9 +95,11 @@ def shape_named(name: str) -> ModelShape:
         return ModelShape.from_folder(path)
     if path.is_file():
         return ModelShape.from_hf(_read_config(path))
+    if name == DEMO_NAME:
+        return SHAPES["SmolLM2-135M"]
     raise ConfigError(
         f"{name!r} is neither a folder with a config.json nor a known model shape. "
-        f"Known: {', '.join(SHAPES)}."
+        f"Known: {DEMO_NAME}, {', '.join(SHAPES)}."
     )
 
 

@@ -16,8 +16,9 @@ import uvicorn
 from rich.console import Console
 
 from nitsum.bench.calibrate import calibrate, prompt_lengths
+from nitsum.bench.canary import with_canaries
 from nitsum.bench.compare import comparison_table, note_lines, ratios, read_sides
-from nitsum.bench.serve import find_endpoint, run_load, with_canaries
+from nitsum.bench.serve import find_endpoint, run_load
 from nitsum.cli import main
 from nitsum.cost.protocol import FixedCost
 from nitsum.engine.fake_client import FakeEngineClient, echo

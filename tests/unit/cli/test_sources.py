@@ -17,6 +17,7 @@ from nitsum.cli.readers import (
     whole_number,
 )
 from nitsum.cli.settings import ServeSettings
+from nitsum.cli.simulate_settings import SimulateSettings
 from nitsum.cli.sources import add_flags, keys, resolve, setting, settings_or_error, variable
 from nitsum.errors import ConfigError
 
@@ -32,6 +33,21 @@ def read(words: list[str], environment: dict[str, str] | None = None) -> tuple[S
     parser = argparse.ArgumentParser()
     add_flags(parser, Sample)
     return resolve(Sample, parser.parse_args(words), environment or {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag", "word", "hint"),
+    [
+        (ServeSettings, "--policy", "static", "--controller static"),
+        (ServeSettings, "--controller", "fcfs", "--policy fcfs"),
+        (SimulateSettings, "--policy", "static", "--no-control"),
+    ],
+)
+def test_a_word_of_another_flag_is_told_its_flag(settings: type, flag: str, word: str, hint: str):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, settings, config=False)
+    _, problems = resolve(settings, parser.parse_args([flag, word]), {})
+    assert [problem for problem in problems if f"({word} is said with {hint})" in problem]
 
 
 @pytest.fixture
