@@ -26,7 +26,7 @@ _CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "hidden_size": 48,
     "num_attention_heads": 6,
@@ -53,7 +53,7 @@ def write_checkpoint(
     A small `max_shard_size` ("20KB") gives several files and an index.
     """
     make_config, make_model = _CLASSES[family]
-    config = make_config(**(_SIZES | overrides))
+    config = make_config(**(SIZES | overrides))
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = make_model(config).eval()

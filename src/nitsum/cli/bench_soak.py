@@ -23,7 +23,8 @@ GROWTH = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="what `serve` takes")
+    add("model", metavar="MODEL",
+        help="what `serve` takes: demo, or examples/tiny with --load-format dummy")  # fmt: skip
     add("--ranks", type=int, default=2, metavar="N", help="processes or GPUs (default: 2)")
     add("--plans", default="", metavar="PLAN,...", help="switched between (default: as `serve`)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")

@@ -7,6 +7,7 @@ import json
 import os
 from argparse import ArgumentParser
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from nitsum.bench.process_memory import resident_bytes
 from nitsum.bench.soak import TIERS, Options, Result, make_body, soak
 from nitsum.cli import bench_soak
+from nitsum.shape import ModelShape
+from tests.checkpoints import SIZES
 
 
 class Server:
@@ -55,6 +58,16 @@ class Server:
         choice = {"token_ids": tokens, "finish_reason": "length", "text": text}
         chunk = json.dumps({"choices": [choice]}, ensure_ascii=False)
         return httpx.Response(200, text=f"data: {chunk}\n\ndata: [DONE]\n\n")
+
+
+def test_the_shape_that_comes_with_the_examples_is_the_published_soak_s():
+    """It was run on a checkpoint that only the tests write."""
+    folder = Path(__file__).parents[3] / "examples" / "tiny"
+    written = json.loads((folder / "config.json").read_text())
+    assert {key: written[key] for key in SIZES if SIZES[key] is not None} == {
+        key: size for key, size in SIZES.items() if size is not None
+    }
+    assert ModelShape.from_folder(folder).num_layers == 3
 
 
 def run(server: Server) -> Result:
