@@ -82,7 +82,8 @@ class ProcessExecutor:
             for reply in self.poll(1.0):
                 assert isinstance(reply, Ready), reply
                 ready[reply.rank] = reply
-                self._on_progress(_ready_sentence(reply, len(ready), num_ranks, started_s))
+                after_s = time.monotonic() - started_s
+                self._on_progress(ready_sentence(reply, len(ready), num_ranks, after_s))
         workers.connect()
         return [ready[rank] for rank in range(num_ranks)]
 
@@ -126,9 +127,13 @@ class ProcessExecutor:
         raise WorkerDied(f"A worker ended: {reason}")
 
 
-def _ready_sentence(ready: Ready, num_ready: int, num_ranks: int, started_s: float) -> str:
-    after_s = time.monotonic() - started_s
-    return f"Rank {ready.rank} is ready after {after_s:.1f} s ({num_ready} of {num_ranks})."
+def ready_sentence(ready: Ready, num_ready: int, num_ranks: int, after_s: float) -> str:
+    """With how long each part of its start took; `process` is until the first that it timed."""
+    parts = {"process": max(0.0, after_s - sum(ready.phases.values())), **ready.phases}
+    words = ", ".join(f"{name.replace('_', ' ')} {took_s:.1f}" for name, took_s in parts.items())
+    return (
+        f"Rank {ready.rank} is ready after {after_s:.1f} s ({num_ready} of {num_ranks}): {words}."
+    )
 
 
 class _Workers:
