@@ -6,6 +6,7 @@ the two TPOTs. Written to a file once, before the runs that are judged by it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 
 from nitsum.bench.load import LoadRun
@@ -22,18 +23,27 @@ _CONTEXT = 1024
 
 
 async def calibrate(
-    endpoint: Endpoint, *, vocab_size: int, max_tokens: int, batch: int = LARGE_BATCH
+    endpoint: Endpoint,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    batch: int = LARGE_BATCH,
+    on_stage: Callable[[str], None] = lambda _text: None,
 ) -> Targets:
     """Measure `endpoint`, which should serve nothing else meanwhile."""
     await _lone(endpoint, vocab_size, [16], "warm")  # first steps of a fresh server do not count
     lengths = prompt_lengths(max_tokens)
-    lone = await _lone(endpoint, vocab_size, lengths * REPEATS, "lone")
+    lone: list[RequestRecord] = []
+    for number in range(REPEATS):
+        on_stage(f"prompts of {lengths[0]} to {lengths[-1]} tokens, alone ({number + 1}/{REPEATS})")
+        lone += await _lone(endpoint, vocab_size, lengths, f"lone.{number}")
     prefill = [
         (length, median(r.ttft_s for r in lone if r.num_prompt == length and r.ttft_s is not None))
         for length in lengths
     ]
     tpots = [record.tpot_s for record in lone if record.tpot_s is not None]
     context = min(_CONTEXT, max_tokens - _NUM_OUTPUT)
+    on_stage(f"{batch} answers at once, after {context} tokens each")
     full = await _together(endpoint, vocab_size, context, batch)
     return Targets(
         source=f"{endpoint.model} at {endpoint.url}, measured; batch of {batch} at {context}",

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 from rich.table import Table
 
@@ -28,6 +29,7 @@ _SHOWN = re.compile(
     rf"((?P<tier>.*)_)?((?P<figure>{'|'.join(_LABELS)})|(?P<time>ttft|tpot)_p(?P<percent>50|99)_s)"
 )
 _STOP_S = 60.0
+_LAST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -57,25 +59,41 @@ def _read_side(entry: str) -> Side:
 
 
 @contextmanager
-def running(side: Side) -> Iterator[str]:
-    """The side's URL; a server started for it ends with the context."""
+def running(side: Side, *, is_quiet: bool = False) -> Iterator[str]:
+    """The side's URL; a server started for it ends with the context.
+
+    What a quiet one logs is kept back, and told only if it ends before it listens.
+    """
     if side.url:
         yield side.url
         return
     command = [sys.executable, "-m", "nitsum.cli", "serve", *side.serve_flags, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield _listening(process, side.name)
-    finally:
-        _end(process)
+    with TemporaryFile("w+") if is_quiet else nullcontext() as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            url = _listening(process)
+            if url is None:
+                raise NitsumError(_ended_early(side.name, log))
+            yield url
+        finally:
+            _end(process)
 
 
-def _listening(process: subprocess.Popen[str], name: str) -> str:
+def _listening(process: subprocess.Popen[str]) -> str | None:
+    """Where it listens; None if it has ended."""
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.search(r"at (http://\S+)", line):
             return found[1]
-    raise NitsumError(f"The server of {name!r} ended before it listened; see its messages above.")
+    return None
+
+
+def _ended_early(name: str, log: IO[str] | None) -> str:
+    said = "see its messages above."
+    if log is not None:
+        log.seek(0)
+        said = "it said:\n" + "".join(log.readlines()[-_LAST_LINES:]).rstrip()
+    return f"The server of {name!r} ended before it listened; {said}"
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -100,7 +118,7 @@ def compare(
     results: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
     for number in range(num_rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            with running(side) as url:
+            with running(side, is_quiet=True) as url:
                 results[side.name].append(figures(measure(side, url, number)))
     return results
 

@@ -163,7 +163,11 @@ async def _calibrate(args: argparse.Namespace) -> int:
         raise ConfigError("The server does not say how long its context is; give --max-tokens.")
     note(f"Measuring {endpoint.model} alone and {args.calibrate_batch} at a time.")
     targets = await calibrate(
-        endpoint, vocab_size=args.vocab, max_tokens=limit, batch=args.calibrate_batch
+        endpoint,
+        vocab_size=args.vocab,
+        max_tokens=limit,
+        batch=args.calibrate_batch,
+        on_stage=note,
     )
     save_targets(targets, args.calibrate)
     note(f"Targets: {args.calibrate}. Commit this file before the runs that are judged by it.")

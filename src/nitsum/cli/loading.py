@@ -167,8 +167,8 @@ def send_load(
             )
         )
     if not outcome.state.num_done and not outcome.state.num_refused:
-        kinds = ", ".join(outcome.state.errors) or "nothing was sent"
-        raise NitsumError(f"No request was answered ({kinds}).")
+        why = ", ".join(outcome.state.errors) or "none within --drain, which may be longer"
+        raise NitsumError(f"No request was answered ({why}).")
     return outcome
 
 
@@ -206,7 +206,8 @@ class _Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def show(self, state: LoadState) -> None:
         now = time.monotonic()

@@ -17,7 +17,14 @@ from rich.console import Console
 
 from nitsum.bench.calibrate import calibrate, prompt_lengths
 from nitsum.bench.canary import with_canaries
-from nitsum.bench.compare import comparison_table, note_lines, ratios, read_sides
+from nitsum.bench.compare import (
+    Side,
+    comparison_table,
+    note_lines,
+    ratios,
+    read_sides,
+    running,
+)
 from nitsum.bench.serve import find_endpoint, run_load
 from nitsum.cli import main
 from nitsum.cost.protocol import FixedCost
@@ -250,6 +257,15 @@ def test_what_could_spoil_the_report_is_said_before_the_load(
     assert said in capsys.readouterr().err
 
 
+def test_a_load_without_any_answer_in_time_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with served(FakeEngineClient(delay_s=30.0), tmp_path) as url:
+        code = bench_serve(url, "--drain", "0")
+    assert code == 1
+    assert "No request was answered (none within --drain" in capsys.readouterr().err
+
+
 def test_figures_of_a_load_outlive_the_servers_events(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -270,17 +286,22 @@ def test_figures_of_a_load_outlive_the_servers_events(
 
 
 def test_calibration_gives_ascending_prefill_times(fake: FakeEngineClient, tmp_path: Path):
+    stages: list[str] = []
     with served(fake, tmp_path) as url:
 
         async def run():
             endpoint, context = await find_endpoint(url)
-            return await calibrate(endpoint, vocab_size=VOCAB, max_tokens=context, batch=2)
+            return await calibrate(
+                endpoint, vocab_size=VOCAB, max_tokens=context, batch=2, on_stage=stages.append
+            )
 
         targets = asyncio.run(run())
     lengths = [length for length, _ in targets.prefill]
     seconds = [second for _, second in targets.prefill]
     assert lengths == prompt_lengths(64)
     assert seconds == sorted(seconds)
+    assert stages[0] == "prompts of 16 to 32 tokens, alone (1/3)"
+    assert stages[-1] == "2 answers at once, after 40 tokens each"
 
 
 def test_ratios_are_to_the_first_side_round_by_round():
@@ -316,6 +337,17 @@ def test_a_comparison_says_what_it_is_judged_by(
         code = main(["bench", "compare", f"a={url}", f"b={url}", "--rounds", "1", *load])
     assert code == 0
     assert capsys.readouterr().out.count("what tiers promise by default") == 1
+
+
+def test_a_side_that_does_not_start_is_told_with_its_last_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """All that a side says is kept back otherwise."""
+    side = Side("a", serve_flags=(str(tmp_path / "nothing"), "--ranks", "1"))
+    said = r"'a' ended before it listened; it said:\n.*no model"
+    with pytest.raises(NitsumError, match=said), running(side, is_quiet=True):
+        pass
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("entries", [["a=http://x"], ["a=m", "a=n"], ["http://x", "b=m"]])
