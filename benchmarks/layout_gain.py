@@ -29,9 +29,13 @@ import yaml
 from nitsum.bench.provenance import summary
 from nitsum.control.gain import most_gain, sustained
 from nitsum.control.load import Load, Sample, sum_up
-from nitsum.control.planner import PlanSite, buffer_bytes, degrees_that_fit, redundancy_table
-from nitsum.control.score import Scorer
-from nitsum.control.steps import StepTimes
+from nitsum.control.planner import (
+    PlanSite,
+    buffer_bytes,
+    degrees_that_fit,
+    redundancy_table,
+    static_scorer,
+)
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.metrics.targets import Targets
@@ -89,11 +93,8 @@ class Setting:
         load = self._load(pairs, tiers)
         found: dict[int, float] = {}
         for degree in degrees_that_fit(site):
-            memory = site.memory(degree, degree)
-            steps = StepTimes(site.cost_model(degree, degree), [degree])
-            scorer = Scorer(steps, site.lane_limits(memory))
             plan = uniform_plan(self.machine.num_gpus, degree)
-            found[degree] = sustained(scorer, plan, load)
+            found[degree] = sustained(static_scorer(site, degree), plan, load)
         return found
 
     def _load(self, pairs: Pairs, tiers: dict[str, float]) -> Load:

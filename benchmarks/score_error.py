@@ -22,10 +22,9 @@ from nitsum.bench.provenance import summary
 from nitsum.cli.plan import phases_of
 from nitsum.control.controller import Rules
 from nitsum.control.gain import sustained
-from nitsum.control.load import Load
-from nitsum.control.planner import PlanSite
+from nitsum.control.load import Load, scaled
+from nitsum.control.planner import PlanSite, static_scorer
 from nitsum.control.score import Scorer
-from nitsum.control.steps import StepTimes
 from nitsum.cost.machines import Machine
 from nitsum.cost.shapes import shape_named
 from nitsum.metrics.goodput import arrival_window, judged, met
@@ -67,14 +66,11 @@ class Setting:
         targets = site_targets(site)
         site = replace(site, tiers=held_to(site.tiers, targets))
         planned = PlanSite(shape=shape, machine=machine)
-        plans, scorers = [], {}
-        for degree in degrees:
-            memory = planned.memory(degree, degree)
-            cost = planned.cost_model(degree, degree)
-            plan = uniform_plan(machine.num_gpus, degree)
-            steps = StepTimes(cost, [degree])
-            scorers[plan.name] = Scorer(steps, planned.lane_limits(memory))
-            plans.append(plan)
+        plans = [uniform_plan(machine.num_gpus, degree) for degree in degrees]
+        scorers = {
+            plan.name: static_scorer(planned, degree)
+            for plan, degree in zip(plans, degrees, strict=True)
+        }
         return cls(site, targets, TierSet(site.tiers), scorers, plans)
 
 
@@ -89,11 +85,11 @@ def mix_of(lengths: str, tier: str, rate_per_s: float, duration_s: float) -> Mix
     )
 
 
-def load_of(setting: Setting, lengths: str, tier: str, rate_per_s: float) -> Load:
-    """Of many requests, as if it were known exactly."""
+def load_of(setting: Setting, lengths: str, tier: str) -> Load:
+    """One request a second, of many, as if all were known exactly."""
     mix = mix_of(lengths, tier, 50.0, 60.0)
     _, _, load = next(phases_of(mix, setting.tiers, setting.targets))
-    return tuple(replace(each, rate_per_s=rate_per_s) for each in load)
+    return tuple(replace(each, rate_per_s=1.0) for each in load)
 
 
 def simulated_share(
@@ -127,11 +123,11 @@ class Point:
 def points(setting: Setting, kinds: Sequence[str]) -> Iterator[Point]:
     for kind in kinds:
         lengths, tier = kind.split(":")
-        load = load_of(setting, lengths, tier, 1.0)
+        load = load_of(setting, lengths, tier)
         most = max(sustained(setting.scorers[p.name], p, load) for p in setting.plans)
         for share in SHARES:
             rate = share * most
-            asked = load_of(setting, lengths, tier, rate)
+            asked = scaled(load, rate)
             yield Point(
                 kind,
                 rate,

@@ -211,6 +211,11 @@ def _scorer(site: PlanSite, memory: MemoryModel, degrees: Sequence[int]) -> Scor
     return Scorer(StepTimes(cost, degrees), site.lane_limits(memory))
 
 
+def static_scorer(site: PlanSite, degree: int) -> Scorer:
+    """Of uniform lanes that keep their own shard only."""
+    return _scorer(site, site.memory(degree, degree), [degree])
+
+
 def _static(site: PlanSite, degree: int, cases: Sequence[Situation]) -> Entry:
     """Uniform lanes that keep their own shard only."""
     num_lanes = site.machine.num_gpus // degree
